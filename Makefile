@@ -1,0 +1,26 @@
+# make run serves, make test proves. Each sets up .venv when it has to.
+PYTHON ?= python3
+bin = .venv/bin
+
+.PHONY: install run test lint bench bench-peers
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; this is $$($(PYTHON) --version)" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ echo "No venv; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	$(bin)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: install
+	$(bin)/gunicorn wxserver
+
+test: install
+	$(bin)/pytest
+
+lint: install
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy

@@ -1,0 +1,44 @@
+"""gunicorn's settings for one or two cores and 512 MB.
+
+GUNICORN_CMD_ARGS and the command line win over this file; WEB_CONCURRENCY is the number of workers.
+"""
+
+import logging
+import os
+import sys
+from typing import Any
+
+# Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
+# on a database or another API; a thread that waits costs some 100 KB and no CPU.
+workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
+worker_class = "gthread"
+threads = 32
+
+# Heartbeats are a file's timestamps; on a disk they can stall, and a stalled worker is killed.
+if os.path.isdir("/dev/shm"):
+    worker_tmp_dir = "/dev/shm"
+
+# Nobody steers this server over a socket. systemctl and signals do.
+control_socket_disable = True
+
+# One line a request. Not the query: it has the signature and the follower's OpenID. Not the path,
+# which anybody may fill with anything: the log of wxserver names one that is not the callback's.
+accesslog = "-"
+access_log_format = '%(t)s [%(p)s] %(h)s "%({x-forwarded-for}i)s" %(m)s %(s)s %(B)s bytes %(M)s ms'
+
+# The server's own log lines, in the form of gunicorn's.
+logging.basicConfig(
+    level=logging.INFO,
+    format="%(asctime)s [%(process)d] [%(levelname)s] %(message)s",
+    datefmt="[%Y-%m-%d %H:%M:%S %z]",
+)
+
+
+def on_starting(_server: Any) -> None:
+    """Let a wrong config.ini stop the start with one line, before there is a worker."""
+    import wxconfig
+
+    try:
+        wxconfig.load()
+    except wxconfig.ConfigError as error:
+        sys.exit(f"wxserver: {error}")

@@ -1,0 +1,26 @@
+"""What the account answers. This is the file to edit.
+
+A message is a dict of WeChat's own names (README, "Writing your own replies"). Return a str to
+answer with text, None to stay silent, or what a builder of wxmessage makes: text, image, voice,
+video, music, news, transfer_customer_service.
+"""
+
+from wxmessage import Message, Reply, image, voice
+
+
+def reply(message: Message) -> Reply:
+    """Return the answer to one message or event of a follower."""
+    match message:
+        case {"MsgType": "text", "Content": str(content)}:
+            return content
+        case {"MsgType": "image", "MediaId": str(media_id)}:
+            return image(media_id)
+        case {"MsgType": "voice", "MediaId": str(media_id)}:
+            return voice(media_id)
+        case {"MsgType": "location", "Location_X": latitude, "Location_Y": longitude}:
+            return f"You are at latitude {latitude}, longitude {longitude}."
+        case {"MsgType": "link", "Title": title}:
+            return f"Thank you for the link: {title}"
+        case {"MsgType": "event", "Event": "subscribe"}:
+            return "Welcome! Send me a text, a picture or a voice message and I will send it back."
+    return None

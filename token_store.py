@@ -1,0 +1,432 @@
+"""The account's access_token: a file-locked JSON file, refreshed lazily when near expiry.
+
+This one file works when copied out alone: the standard library, any POSIX system, any number of
+threads and processes that share a folder on a local disk.
+
+    store = TokenStore("state/access_token.json", appid, appsecret)
+    token = store.get()
+
+``python token_store.py`` prints a valid token for the account of config.ini. Sources of the rules:
+the platform's 获取 Access token, 获取稳定版接口调用凭据 and 全局返回码.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from io import BufferedWriter
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode, urlsplit
+
+if TYPE_CHECKING:
+    from wxconfig import Config
+
+TIMEOUT = 5.0  # seconds for WeChat to connect, to begin its answer, and to finish it
+PATIENCE = 15.0  # seconds to wait for the process that fetches
+POLL = 0.02  # seconds between two looks at the lock: flock itself knows no time limit
+FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds to leave WeChat alone after a failure, doubling
+FORCE_APART = 30.0  # seconds between two uses of force_refresh, the platform's own rule
+LONGEST_LIFE = 7200  # seconds, the platform's bound for expires_in
+CLOCK_STEP = 60.0  # seconds that a clock set back may hide of a token's age
+ROOM = 8192  # bytes the file may take; a token needs 512
+LARGEST_ANSWER = 4 * 1048576  # bytes; a list of 10,000 followers takes 0.3 MB
+
+log = logging.getLogger("token_store")
+
+
+class ApiError(Exception):
+    """WeChat's API refused, or did not answer. One line: what happened and what the owner can do.
+
+    ``errcode`` is WeChat's; None when there was no answer.
+    """
+
+    def __init__(self, message: str, errcode: int | None = None) -> None:
+        super().__init__(message)
+        self.errcode = errcode
+
+
+class TokenError(ApiError):
+    """There is no access_token to give."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the file holds. Moments are Unix seconds, but ``uptime``, read with ``fetched_at``."""
+
+    appid: str
+    access_token: str = ""
+    expires_in: int = 0
+    fetched_at: float = 0.0
+    uptime: float = 0.0
+    forced_at: float = 0.0
+    failure: str = ""
+    errcode: int | None = None
+    wait: float = 0.0
+    retry_at: float = 0.0
+
+
+def _uptime() -> float:
+    # Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class TokenStore:
+    """Gives out the account's access_token, fetched once for every thread and process.
+
+    Args:
+        path: the JSON file, shared by all that use this account; its lock is ``path`` + .lock.
+        appid: the account's AppID.
+        appsecret: the account's AppSecret.
+        endpoint: ``stable_token``, or ``token`` for the classic kind.
+        margin: seconds before its end at which a token is renewed, but at most half its life.
+        api_base: the API's address, without a slash at the end.
+        clock: Unix time in seconds.
+        uptime: seconds since a moment that is the same for all processes; never set back.
+
+    Raises:
+        ValueError: no AppID or AppSecret, or an unknown endpoint.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        appid: str,
+        appsecret: str,
+        *,
+        endpoint: str = "stable_token",
+        margin: float = 240,
+        api_base: str = "https://api.weixin.qq.com",
+        clock: Callable[[], float] = time.time,
+        uptime: Callable[[], float] = _uptime,
+    ) -> None:
+        if not appid or not appsecret:
+            raise ValueError("appid and appsecret are needed")
+        if endpoint not in ("stable_token", "token"):
+            raise ValueError("endpoint must be stable_token or token")
+        self._path = os.path.abspath(path)
+        self._appsecret, self._endpoint, self._margin = appsecret, endpoint, margin
+        self._api_base, self._clock, self._uptime = api_base, clock, uptime
+        self._nothing = _State(appid)
+        self._cache: tuple[object, _State] = (None, self._nothing)
+
+    def get(self) -> str:
+        """Return a token that is good now: from memory, the file or WeChat.
+
+        Near expiry one process fetches, and the others go on with the token that is still good.
+
+        Raises:
+            TokenError: there is none, and none can be had now.
+        """
+        state = self._read()
+        return state.access_token if self._is_fresh(state, self._left(state)) else self._renew()
+
+    def refresh(self, stale: str) -> str:
+        """Return another token than ``stale``, of which WeChat said 40001, 40014 or 42001.
+
+        Whoever says so first causes a fetch; all who say it later get what that fetch brought.
+
+        Raises:
+            TokenError: there is none, and none can be had now.
+        """
+        return self._renew(stale)
+
+    def _renew(self, stale: str = "") -> str:
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            state = self._read()
+            left = self._left(state) if state.access_token != stale else 0.0
+            if self._is_fresh(state, left):
+                return state.access_token
+            wait = self._wait(state)
+            if not wait and (fetched := self._try_fetch(state, stale)):
+                if not fetched.failure:
+                    return fetched.access_token
+                if left > 0:
+                    log.warning("going on with the old access_token: %s", fetched.failure)
+                state, wait = fetched, fetched.wait
+            if left > 0:
+                return state.access_token
+            if wait:
+                raise TokenError(f"{state.failure} (next try in {wait:.0f} s)", state.errcode)
+            if time.monotonic() > give_up:
+                raise TokenError(f"another process has been fetching it for over {PATIENCE:.0f} s")
+            time.sleep(POLL)
+
+    def _left(self, state: _State) -> float:
+        """Return the seconds that the token still lives, 0 when nobody can know."""
+        age = self._clock() - state.fetched_at
+        if age < -CLOCK_STEP:
+            return 0.0
+        # Each clock can miss a part: the wall clock is set back, the machine starts anew.
+        return state.expires_in - max(age, self._uptime() - state.uptime)
+
+    def _is_fresh(self, state: _State, left: float) -> bool:
+        # Half its life at least, or a short-lived token would be fetched at every call.
+        return left > min(self._margin, state.expires_in / 2)
+
+    def _wait(self, state: _State) -> float:
+        """Return the seconds for which a failure still holds everybody back, or 0."""
+        wait = state.retry_at - self._clock()
+        return wait if 0 < wait <= LONGEST_WAIT else 0.0  # longer: the clock was set back
+
+    def _try_fetch(self, state: _State, stale: str) -> _State | None:
+        """Fetch a token, or note the failure. None: somebody else is at it, or was quicker."""
+        fetched = state
+        try:
+            with self._lock() as locked:
+                if not locked or self._read() != state:
+                    return None
+                with self._successor() as file:
+                    fetched = self._fetch(state, stale)
+                    self._replace(file, fetched)
+        except OSError as error:
+            failure = f"cannot write {self._path}: {error.strerror}"
+            if fetched is state:
+                fetched = self._failed(state, ApiError(failure))
+            else:
+                log.error("%s; what was fetched is known to this process alone", failure)
+            self._cache = (self._key(), fetched)
+        return fetched
+
+    def _fetch(self, state: _State, stale: str) -> _State:
+        now, uptime = self._clock(), self._uptime()  # a token's life begins before it arrives
+        forced_at = state.forced_at
+        try:
+            token, expires_in = self._ask()
+            # stable_token gives the same token again; if that one is no good, force another.
+            if token == stale and abs(now - forced_at) > FORCE_APART:
+                token, expires_in = self._ask(force_refresh=True)
+                forced_at = now
+        except ApiError as error:
+            return self._failed(state, error)
+        log.info("fetched an access_token, good for %d s", expires_in)
+        return _State(state.appid, token, expires_in, now, uptime, forced_at)
+
+    def _failed(self, state: _State, error: ApiError) -> _State:
+        wait = min(max(FIRST_WAIT, state.wait * 2), LONGEST_WAIT)
+        return replace(
+            state,
+            failure=str(error),
+            errcode=error.errcode,
+            wait=wait,
+            retry_at=self._clock() + wait,
+        )
+
+    def _ask(self, **force: bool) -> tuple[str, int]:
+        """Ask WeChat for a token; return it and the seconds it lives."""
+        url = f"{self._api_base}/cgi-bin/{self._endpoint}"
+        fields = {
+            "grant_type": "client_credential",
+            "appid": self._nothing.appid,
+            "secret": self._appsecret,
+        }
+        if self._endpoint == "token":
+            answer = fetch_json(f"{url}?{urlencode(fields)}", None, self._appsecret)
+        else:
+            answer = fetch_json(url, {**fields, **force}, self._appsecret)
+        token, expires_in = answer.get("access_token"), answer.get("expires_in")
+        if not isinstance(token, str) or not re.fullmatch("[!-~]{1,1024}", token):
+            raise ApiError("WeChat's answer has no access_token")
+        if type(expires_in) is not int or expires_in <= 0:
+            raise ApiError("WeChat's answer has an access_token, but not how long it lives")
+        return token, min(expires_in, LONGEST_LIFE)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[bool]:
+        """Try once for the lock, which dies with its holder; tell whether this process has it."""
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+        # A file of its own, never unlinked: else two processes could lock two files of one name.
+        with _open(self._path + ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                locked = False
+            yield locked
+
+    @contextlib.contextmanager
+    def _successor(self) -> Iterator[BufferedWriter]:
+        """Open the file's successor and prove its room before WeChat is asked and a token dies.
+
+        It always has the same name, so that the leftover of a killed process is taken over.
+        """
+        with _open(self._path + ".new") as file:
+            file.write(b" " * ROOM)
+            file.flush()
+            os.fsync(file.fileno())
+            yield file
+
+    def _replace(self, file: BufferedWriter, state: _State) -> None:
+        file.seek(0)
+        file.write(json.dumps(asdict(state)).encode())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(self._path + ".new", self._path)
+
+    def _read(self) -> _State:
+        """Return what the file holds. It is only ever replaced whole, so this needs no lock."""
+        key = self._key()
+        cached, state = self._cache
+        if key != cached:
+            state = self._load()
+            self._cache = (key, state)
+        return state
+
+    def _key(self) -> tuple[int, int, int] | None:
+        try:
+            stat = os.stat(self._path)
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def _load(self) -> _State:
+        try:
+            with open(self._path, "rb") as file:
+                state = _State(**json.loads(file.read(ROOM)))
+            numbers = (state.fetched_at, state.uptime, state.forced_at, state.wait, state.retry_at)
+            if (
+                state.appid == self._nothing.appid
+                and re.fullmatch("[!-~]{0,1024}", state.access_token)
+                and 0 <= state.expires_in <= LONGEST_LIFE
+                and all(map(math.isfinite, numbers))
+            ):
+                return state
+        except (OSError, ValueError, TypeError, ArithmeticError, RecursionError):
+            pass
+        log.warning("%s holds no token of this account; taken as empty", self._path)
+        return self._nothing
+
+
+def _open(path: str) -> BufferedWriter:
+    """Open a file of the owner's alone for writing, as it is: not emptied, not through a link."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    return open(fd, "wb")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The AppSecret and the token go nowhere else; WeChat's API never redirects."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirect)
+
+
+def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[str, Any]:
+    """GET ``url``, or POST ``payload`` to it as JSON; return the JSON object that comes back.
+
+    Args:
+        url: never shown in an error, since it may hold a secret.
+        payload: None for GET.
+        secret: what must not stand in an error, whoever wrote it there.
+
+    Raises:
+        ApiError: an errcode; or nothing, an HTTP error or no JSON object came back in time.
+    """
+    # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \\u escapes.
+    data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    host = urlsplit(url).netloc
+    give_up = time.monotonic() + TIMEOUT
+    body, answer = b"", None
+    try:
+        with _opener().open(request, timeout=TIMEOUT) as response:
+            while chunk := response.read1(65536):
+                body += chunk
+                if time.monotonic() > give_up or len(body) > LARGEST_ANSWER:
+                    raise TimeoutError("the answer does not end")
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", None) or error
+        if isinstance(error, urllib.error.HTTPError):
+            why = f"HTTP status {error.code}"
+        raise ApiError(f"no answer from {host}: {_line(why, secret)}") from None
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(body)
+    if not isinstance(answer, dict) or type(answer.get("errcode", 0)) is not int:
+        raise ApiError(f"{host} answered with something else than WeChat's JSON")
+    if errcode := answer.get("errcode"):
+        errmsg = _line(answer.get("errmsg"), secret)
+        ip = re.search(r"[0-9]+(\.[0-9]+){3}", errmsg)
+        advice = ADVICE.get(errcode, "its meaning is in WeChat's 全局返回码")
+        advice = advice.format(ip=ip.group() if ip else "this machine's public address")
+        raise ApiError(f"errcode {errcode} ({errmsg}): {advice}", errcode)
+    return answer
+
+
+def _line(text: object, secret: str) -> str:
+    return " ".join(str(text).replace(secret, "***").split())[:200]
+
+
+ADVICE = {
+    -1: "WeChat is busy; try again later",
+    40001: "check [wechat] appsecret; or the access_token is not the latest, because something"
+    " else fetches tokens for this account",
+    40013: "check [wechat] appid",
+    40014: "the access_token is invalid",
+    40125: "check [wechat] appsecret, or reset it in the console",
+    40164: "add {ip} to the account's IP whitelist: 设置与开发 → 基本配置 → IP白名单",
+    40243: "the AppSecret is frozen; unfreeze it in the console",
+    41002: "set [wechat] appid",
+    41004: "set [wechat] appsecret",
+    42001: "the access_token has expired",
+    43002: "this call needs a body to POST",
+    45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
+    45011: "too many calls in this minute; slow down",
+    48001: "the account has no right to this call; it needs verification (认证)",
+    50004: "the account is banned or logged out",
+    89503: "the administrator has to confirm this IP on the phone",
+    89506: "the administrator refused this IP; it has to be confirmed on the phone",
+    89507: "the administrator blocked this IP; it has to be confirmed on the phone",
+}
+
+
+def from_config(config: Config) -> TokenStore:
+    """Return the store of the account of config.ini, in its ``state_dir``.
+
+    Raises:
+        TokenError: AppID or AppSecret is not set.
+    """
+    if not config.appid or not config.appsecret:
+        raise TokenError("set [wechat] appid and appsecret, or WX_APPID and WX_APPSECRET")
+    return TokenStore(
+        config.state_dir / "access_token.json",
+        config.appid,
+        config.appsecret,
+        endpoint=config.endpoint,
+        margin=config.margin,
+        api_base=config.api_base,
+    )
+
+
+def main() -> None:
+    """Print a valid access_token of the account of config.ini, and nothing else."""
+    import argparse
+
+    import wxconfig
+
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
+    try:
+        print(from_config(wxconfig.load()).get())
+    except (TokenError, wxconfig.ConfigError) as error:
+        sys.exit(f"token_store: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Calling WeChat's API with the account's access_token.
+
+    api = wxapi.from_config(wxconfig.load())
+    api.call("getcallbackip")
+    api.call("message/custom/typing", {"touser": openid, "command": "Typing"})
+
+``python wxapi.py getcallbackip`` does the same in a shell. What the error codes
+mean is in token_store.ADVICE, which has to work without this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
+
+import token_store
+from token_store import ApiError, TokenStore
+
+if TYPE_CHECKING:
+    from wxconfig import Config
+
+ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
+
+
+class Api:
+    """Calls WeChat's API as one account.
+
+    Args:
+        store: where the access_token comes from.
+        api_base: the API's address, without a slash at the end.
+    """
+
+    def __init__(self, store: TokenStore, api_base: str = "https://api.weixin.qq.com") -> None:
+        self._store, self._api_base = store, api_base
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """GET ``path``, or POST ``body`` to it as JSON, and return WeChat's answer.
+
+        When WeChat says that the token is no good, another one is got and the call is made again,
+        once.
+
+        Args:
+            path: after ``/cgi-bin/``, or whole when it begins with a slash; it may have a query.
+            body: None for GET.
+
+        Raises:
+            ApiError: WeChat answered with an errcode, or not at all; TokenError is one of them.
+        """
+        token = self._store.get()
+        try:
+            return self._ask(path, body, token)
+        except ApiError as error:
+            if error.errcode not in ANOTHER_TOKEN:
+                raise
+        return self._ask(path, body, self._store.refresh(token))
+
+    def _ask(self, path: str, body: dict[str, Any] | None, token: str) -> dict[str, Any]:
+        path = quote(path if path.startswith("/") else f"/cgi-bin/{path}", safe="/?&=%+,:@")
+        url = f"{self._api_base}{path}{'&' if '?' in path else '?'}"
+        return token_store.fetch_json(url + urlencode({"access_token": token}), body, token)
+
+
+def from_config(config: Config) -> Api:
+    """Return the API of the account of config.ini.
+
+    Raises:
+        TokenError: AppID or AppSecret is not set.
+    """
+    return Api(token_store.from_config(config), config.api_base)
+
+
+def main() -> None:
+    """Call WeChat's API and print the answer as JSON."""
+    import argparse
+
+    import wxconfig
+
+    parser = argparse.ArgumentParser(
+        description=main.__doc__,
+        epilog="The classic first test of an account: wxapi.py getcallbackip",
+    )
+    parser.add_argument("path", help="getcallbackip, user/info?openid=…, /datacube/getusersummary")
+    parser.add_argument("body", nargs="?", help="a JSON object to POST; without it the call is GET")
+    arguments = parser.parse_args()
+    body = None
+    if arguments.body is not None:
+        try:
+            body = json.loads(arguments.body)
+        except ValueError as error:
+            parser.error(f"the body is not JSON: {error}")
+        if not isinstance(body, dict):
+            parser.error("the body is not a JSON object")
+    try:
+        answer = from_config(wxconfig.load()).call(arguments.path, body)
+    except (ApiError, wxconfig.ConfigError) as error:
+        sys.exit(f"wxapi: {error}")
+    print(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+if __name__ == "__main__":
+    main()

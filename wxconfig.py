@@ -1,0 +1,182 @@
+"""Configuration: config.ini and the environment, read into one frozen Config."""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("wxserver")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. One line: where, which section and key, what is allowed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the owner decides. Field names are the keys of config.ini, which explains them."""
+
+    token: str = field(default="", repr=False)
+    appid: str = ""
+    appsecret: str = field(default="", repr=False)
+    path: str = "/wx"
+    max_age: int = 300  # seconds
+    max_body: int = 1048576  # bytes
+    state_dir: Path = HERE / "state"
+    endpoint: str = "stable_token"
+    margin: int = 240  # seconds
+    api_base: str = "https://api.weixin.qq.com"
+
+
+def _text(pattern: str, allowed: str) -> Callable[[str], str]:
+    def convert(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(allowed)
+        return value
+
+    return convert
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def convert(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,10}", value) or not least <= int(value) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(value)
+
+    return convert
+
+
+TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
+# An AppSecret travels in what is sent there, so plain http is for this machine alone.
+_API_BASE = r"https://[\w.:\[\]-]+[\w./-]*|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?"
+
+_KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
+    "wechat": {
+        "token": _text(f"({TOKEN})?", "3 to 32 letters or digits, or empty"),
+        "appid": _text("[0-9A-Za-z_-]*", "letters and digits, as in the console"),
+        "appsecret": _text("[0-9A-Za-z]*", "letters and digits, as in the console"),
+    },
+    "server": {
+        "path": _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #"),
+        "max_age": _number(0, 86400),
+        "max_body": _number(1024, 64 * 1048576),
+        "state_dir": _text(".+", "a folder"),
+    },
+    "access_token": {
+        "endpoint": _text("stable_token|token", "stable_token or token"),
+        "margin": _number(0, 7200),
+        "api_base": _text(_API_BASE, "https://HOST, or http:// on 127.0.0.1 or localhost"),
+    },
+}
+_ENVIRONMENT = {"WX_TOKEN": "token", "WX_APPID": "appid", "WX_APPSECRET": "appsecret"}
+
+
+def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read the configuration.
+
+    Args:
+        path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
+            this module. Relative paths in it are relative to it.
+        environ: where WX_TOKEN, WX_APPID and WX_APPSECRET win over the file when they are set.
+
+    Raises:
+        ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
+    """
+    path = Path(path or environ.get("WXSERVER_CONFIG") or HERE / "config.ini").absolute()
+    values: dict[str, Any] = {}
+    for section, entries in _read(path).items():
+        if section not in _KEYS:
+            raise ConfigError(f"{path}: unknown section [{section}]; there are {_list(_KEYS)}")
+        for key, value in entries.items():
+            where = f"{path}: [{section}] {key}"
+            if key not in _KEYS[section]:
+                raise ConfigError(f"{where}: unknown key; there are {_list(_KEYS[section])}")
+            values[key] = _convert(section, key, value, where)
+    for name, key in _ENVIRONMENT.items():
+        if value := environ.get(name, "").strip():
+            values[key] = _convert("wechat", key, value, f"environment: {name}")
+    values["state_dir"] = path.parent / values.get("state_dir", "state")
+    values["api_base"] = values.get("api_base", Config.api_base).rstrip("/")
+    return Config(**values)
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    # Notepad begins a file with a BOM. DEFAULT is no section of its own here, "%" no sign.
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        parser.read_string(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8; save it as UTF-8") from None
+    except configparser.DuplicateSectionError as error:
+        raise ConfigError(f"{path}: [{error.section}] is there twice") from None
+    except configparser.DuplicateOptionError as error:
+        raise ConfigError(f"{path}: [{error.section}] {error.option} is there twice") from None
+    except configparser.MissingSectionHeaderError as error:  # these two would quote the line,
+        line = error.lineno
+        raise ConfigError(f"{path}: line {line} stands before any [section]") from None
+    except configparser.ParsingError as error:  # and it may hold a secret
+        line = error.errors[0][0]
+        raise ConfigError(f"{path}: line {line} is neither [section] nor key = value") from None
+    return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def _convert(section: str, key: str, value: str, where: str) -> Any:
+    try:
+        return _KEYS[section][key](value)
+    except ValueError as error:
+        shown = "" if section == "wechat" else f"{value!r}: "  # no secret in an error
+        raise ConfigError(f"{where}: {shown}must be {error}") from None
+
+
+def _list(names: Mapping[str, object]) -> str:
+    return ", ".join(names)
+
+
+def callback_token(config: Config) -> str:
+    """Return the callback Token: the configured one, else this server's own.
+
+    Its own is random, made by the first process that asks and kept in
+    ``state_dir/callback_token`` (0600), so that every worker and every restart has the same.
+    Whoever makes it logs once how to use it.
+
+    Raises:
+        ConfigError: the file cannot be kept, or holds something else.
+    """
+    if config.token:
+        return config.token
+    path = config.state_dir / "callback_token"
+    try:
+        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "r+", encoding="ascii", errors="replace") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            token = file.read().strip()
+            if not token:
+                token = secrets.token_hex(16)
+                file.write(token + "\n")
+                file.flush()
+                os.fsync(fd)
+                log.warning(
+                    "No [wechat] token is set, so a random one was made and kept in %s. In WeChat's"
+                    " console (设置与开发 → 基本配置 → 服务器配置) enter the public address of this"
+                    " server with the path %s as URL, and as Token: %s",
+                    path,
+                    config.path,
+                    token,
+                )
+    except OSError as error:
+        raise ConfigError(f"[server] state_dir: {path}: {error.strerror}") from None
+    if not re.fullmatch(TOKEN, token):
+        raise ConfigError(f"{path}: no Token of 3 to 32 letters or digits; delete the file")
+    return token

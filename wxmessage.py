@@ -1,0 +1,232 @@
+"""Messages: WeChat's XML as plain dicts, plain dicts as XML, and the reply builders.
+
+A message is a dict of WeChat's own names: nested elements are dicts, repeated ones lists, every
+leaf a str. Sources of the rules: the platform's 接收普通消息, 接收事件推送, 被动回复用户消息.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+from xml.parsers import expat
+
+Message: TypeAlias = dict[str, Any]
+Reply: TypeAlias = str | Message | None
+
+MAX_TEXT = 2048  # bytes of UTF-8 in a text reply; the platform drops a longer one
+MAX_ARTICLES = 8  # in a news reply to an event; in one to a message it is 1
+MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far below
+
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class MessageError(ValueError):
+    """The bytes are no message of WeChat's. The text says why and quotes nothing of them."""
+
+
+def from_xml(body: bytes) -> Message:
+    """Read ``<xml>…</xml>`` in UTF-8 into a dict; the inverse of ``to_xml``.
+
+    Attributes, and text beside child elements, are dropped; WeChat sends neither.
+
+    Raises:
+        MessageError: not well-formed, not UTF-8, a DOCTYPE (so no entities either), nested
+            deeper than ``MAX_DEPTH``, or a root other than ``xml``.
+    """
+    stack: list[Message] = [{}]
+    chunks: list[str] = []
+
+    def start(name: str, _attributes: dict[str, str]) -> None:
+        if len(stack) == 1 and name != "xml":
+            raise MessageError("the root element is not xml")
+        if len(stack) > MAX_DEPTH:
+            raise MessageError(f"elements are nested deeper than {MAX_DEPTH}")
+        stack.append({})
+        chunks.clear()
+
+    def end(name: str) -> None:
+        value: Any = stack.pop() or "".join(chunks)
+        chunks.clear()
+        parent = stack[-1]
+        if name not in parent:
+            parent[name] = value
+        elif isinstance(parent[name], list):
+            parent[name].append(value)
+        else:
+            parent[name] = [parent[name], value]
+
+    def declaration(_version: str, encoding: str | None, _standalone: int) -> None:
+        if encoding and encoding.lower() not in ("utf-8", "utf8"):
+            raise MessageError("the declared encoding is not UTF-8")
+
+    def doctype(*_: object) -> None:
+        raise MessageError("a DOCTYPE is not allowed")
+
+    parser = expat.ParserCreate("UTF-8")
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = chunks.append
+    parser.XmlDeclHandler = declaration
+    parser.StartDoctypeDeclHandler = doctype
+    try:
+        parser.Parse(body, True)
+    except expat.ExpatError as error:
+        raise MessageError(f"not well-formed XML: {error}") from None
+    root = stack[0]["xml"]
+    return root if isinstance(root, dict) else {}
+
+
+def to_xml(message: Message) -> bytes:
+    """Write a dict as ``<xml>…</xml>`` in UTF-8; the inverse of ``from_xml``.
+
+    A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped.
+
+    Raises:
+        ValueError: a key that cannot be the name of an element.
+        TypeError: a value that is no str, int, dict, or list of these.
+    """
+    return f"<xml>{_elements(message)}</xml>".encode()
+
+
+def _elements(fields: Message) -> str:
+    parts: list[str] = []
+    for name, value in fields.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of an XML element")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                # Forbidden characters go first: without them a new "]]>" may stand there.
+                inner = _NOT_XML.sub("", item).replace("]]>", "]]]]><![CDATA[>")
+                parts.append(f"<{name}><![CDATA[{inner}]]></{name}>")
+            elif isinstance(item, dict):
+                parts.append(f"<{name}>{_elements(item)}</{name}>")
+            elif type(item) is int:
+                parts.append(f"<{name}>{item}</{name}>")
+            else:
+                raise TypeError(f"{name} is a {type(item).__name__}, not a str, int, dict or list")
+    return "".join(parts)
+
+
+def check(message: Message) -> None:
+    """Make sure that ``message`` can be answered.
+
+    Raises:
+        MessageError: ToUserName, FromUserName or MsgType is missing, empty or no text.
+    """
+    for name in ("ToUserName", "FromUserName", "MsgType"):
+        if not (isinstance(message.get(name), str) and message[name]):
+            raise MessageError(f"no {name}")
+
+
+def answer(message: Message, reply: Reply, now: float) -> Message | None:
+    """Make the whole answer to ``message`` from what ``reply()`` returned.
+
+    A str is a text reply, None and "" are no reply. A text over ``MAX_TEXT`` bytes is cut between
+    characters and ends in "…".
+
+    Args:
+        message: the message that is answered.
+        reply: a str, a dict from a builder, or None.
+        now: Unix time in seconds, for CreateTime.
+
+    Raises:
+        TypeError: ``reply`` is something else.
+        ValueError: ``reply`` has no MsgType, or more news articles than WeChat allows here.
+    """
+    if reply is None or reply == "":
+        return None
+    if isinstance(reply, str):
+        reply = text(reply)
+    if not isinstance(reply, dict):
+        raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
+    match reply:
+        case {"MsgType": "text", "Content": str(content)}:
+            reply = reply | {"Content": _cut(content)}
+        case {"MsgType": "news", "ArticleCount": count} if count != 1:
+            if message["MsgType"] != "event":
+                raise ValueError(f"{count} articles: the answer to a message may have one")
+        case {"MsgType": str()}:
+            pass
+        case _:
+            raise ValueError("the reply has no MsgType")
+    return {
+        "ToUserName": message["FromUserName"],
+        "FromUserName": message["ToUserName"],
+        "CreateTime": int(now),
+        **reply,
+    }
+
+
+def _cut(content: str) -> str:
+    data = content.encode(errors="ignore")  # a lone surrogate has no UTF-8; to_xml drops it too
+    if len(data) <= MAX_TEXT:
+        return content
+    return data[: MAX_TEXT - len("…".encode())].decode(errors="ignore") + "…"
+
+
+def text(content: str) -> Message:
+    """Build a text reply; a plain str returned by ``reply()`` is the same."""
+    return {"MsgType": "text", "Content": content}
+
+
+def image(media_id: str) -> Message:
+    """Build an image reply from an uploaded MediaId, or from one that a follower sent."""
+    return {"MsgType": "image", "Image": {"MediaId": media_id}}
+
+
+def voice(media_id: str) -> Message:
+    """Build a voice reply from an uploaded MediaId, or from one that a follower sent."""
+    return {"MsgType": "voice", "Voice": {"MediaId": media_id}}
+
+
+def video(media_id: str, title: str = "", description: str = "") -> Message:
+    """Build a video reply from an uploaded MediaId; empty fields are left out."""
+    return {
+        "MsgType": "video",
+        "Video": _filled(MediaId=media_id, Title=title, Description=description),
+    }
+
+
+def music(
+    thumb_media_id: str,
+    music_url: str = "",
+    title: str = "",
+    description: str = "",
+    hq_music_url: str = "",
+) -> Message:
+    """Build a music reply; the thumbnail is an uploaded MediaId, empty fields are left out."""
+    return {
+        "MsgType": "music",
+        "Music": _filled(
+            Title=title,
+            Description=description,
+            MusicUrl=music_url,
+            HQMusicUrl=hq_music_url,
+            ThumbMediaId=thumb_media_id,
+        ),
+    }
+
+
+def news(articles: Sequence[Message]) -> Message:
+    """Build a news reply from dicts of Title, Description, PicUrl and Url.
+
+    One article may answer a message, up to ``MAX_ARTICLES`` a menu, scan or subscribe event.
+
+    Raises:
+        ValueError: no article, or more than ``MAX_ARTICLES``.
+    """
+    if not 1 <= len(articles) <= MAX_ARTICLES:
+        raise ValueError(f"{len(articles)} articles: a news reply has 1 to {MAX_ARTICLES}")
+    return {"MsgType": "news", "ArticleCount": len(articles), "Articles": {"item": list(articles)}}
+
+
+def transfer_customer_service(kf_account: str = "") -> Message:
+    """Build the hand-over to a human agent: ``kf_account`` (name@account), or whoever is free."""
+    message: Message = {"MsgType": "transfer_customer_service"}
+    return message | {"TransInfo": {"KfAccount": kf_account}} if kf_account else message
+
+
+def _filled(**fields: str) -> Message:
+    return {name: value for name, value in fields.items() if value}

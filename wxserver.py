@@ -1,0 +1,226 @@
+"""HTTP: the WSGI callable ``application``, and the gate that lets nobody in but WeChat.
+
+``gunicorn wxserver`` serves it; ``python3 wxserver.py`` serves it for a first look, with nothing
+installed. Sources of the rules: the platform's 接入指南, 接收普通消息 and 被动回复用户消息.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+import reply
+import wxconfig
+import wxcrypto
+import wxmessage
+from wxconfig import Config, ConfigError
+from wxmessage import Message, MessageError, Reply
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    application: WSGIApplication
+
+log = logging.getLogger("wxserver")
+
+BAD_REQUEST = "400 Bad Request"
+FORBIDDEN = "403 Forbidden"
+NOT_FOUND = "404 Not Found"
+METHOD_NOT_ALLOWED = "405 Method Not Allowed"
+CONTENT_TOO_LARGE = "413 Content Too Large"
+
+# What each parameter of the query looks like; echostr is any bytes, read as latin-1.
+_PARAMETERS = {
+    "signature": re.compile("[0-9a-f]{40}"),
+    "timestamp": re.compile("[0-9]{1,11}"),
+    "nonce": re.compile("[!-~]{1,128}"),
+    "echostr": re.compile("[\x00-\xff]{1,1024}"),
+}
+
+
+class Refused(Exception):
+    """A request goes no further: the status to answer and, for the log alone, the reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def create_application(
+    config: Config,
+    reply: Callable[[Message], Reply] = reply.reply,
+    clock: Callable[[], float] = time.time,
+) -> WSGIApplication:
+    """Make the WSGI callable.
+
+    Args:
+        config: where the callback lives, its Token and its limits.
+        reply: what the account answers; several threads may call it at once.
+        clock: Unix time in seconds.
+
+    Raises:
+        ConfigError: no Token is set, and none can be made and kept in ``state_dir``.
+    """
+    token = wxconfig.callback_token(config)
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status, headers, content_type = "200 OK", [], "text/plain"
+        now = clock()
+        try:
+            method = _route(environ, config.path)
+            query = _query(environ, "signature", "timestamp", "nonce")
+            _gate(query, token, config.max_age, now)
+            if method == "GET":
+                body = _query(environ, "echostr")["echostr"].encode("latin-1")
+            else:
+                message = _message(_body(environ, config.max_body))
+                content_type, body = _answer(message, reply, now)
+        except Refused as refused:
+            status = refused.status
+            body = f"{status}\n".encode()
+            log.warning("%s: %s", status, refused)
+            if status == METHOD_NOT_ALLOWED:
+                headers.append(("Allow", "GET, POST"))
+        headers += [
+            ("Content-Type", content_type),
+            ("Content-Length", str(len(body))),
+            ("X-Content-Type-Options", "nosniff"),
+        ]
+        start_response(status, headers)
+        return [body]
+
+    return application
+
+
+def _route(environ: WSGIEnvironment, path: str) -> str:
+    if environ.get("PATH_INFO") != path:
+        asked = environ.get("PATH_INFO", "")[:80]
+        raise Refused(NOT_FOUND, f"{asked!r} was asked for; the callback is at {path!r}")
+    method: str = environ["REQUEST_METHOD"]
+    if method not in ("GET", "POST"):
+        raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}")
+    return method
+
+
+def _query(environ: WSGIEnvironment, *names: str) -> dict[str, str]:
+    """Return the parameters that are asked for; each must be there, once and well-formed."""
+    try:
+        pairs = parse_qsl(
+            environ.get("QUERY_STRING", ""),
+            keep_blank_values=True,
+            encoding="latin-1",
+            max_num_fields=32,
+        )
+    except ValueError:
+        raise Refused(BAD_REQUEST, "too many parameters") from None
+    query = {}
+    for name in names:
+        values = [value for key, value in pairs if key == name]
+        if len(values) != 1:
+            raise Refused(BAD_REQUEST, f"{name} is {'repeated' if values else 'missing'}")
+        if not _PARAMETERS[name].fullmatch(values[0]):
+            raise Refused(BAD_REQUEST, f"{name} is malformed")
+        query[name] = values[0]
+    return query
+
+
+def _gate(query: dict[str, str], token: str, max_age: int, now: float) -> None:
+    """Let nobody in but WeChat, and nothing signed more than ``max_age`` seconds from now."""
+    timestamp = query["timestamp"]
+    if not wxcrypto.verify(query["signature"], token, timestamp, query["nonce"]):
+        raise Refused(FORBIDDEN, "wrong signature; is the Token the one in WeChat's console?")
+    age = now - int(timestamp)
+    if max_age and abs(age) > max_age:
+        when = f"{abs(age):.0f} s {'ago' if age > 0 else 'from now'}"
+        raise Refused(
+            FORBIDDEN,
+            f"the signature is right, but was made {when} by this machine's clock, and max_age is"
+            f" {max_age} s; check the clock with timedatectl",
+        )
+
+
+def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
+    length = environ.get("CONTENT_LENGTH", "")
+    if not re.fullmatch("[0-9]{0,18}", length):
+        raise Refused(BAD_REQUEST, "Content-Length is no number")
+    # With no length, the server must say that a read ends with the body (chunked, in gunicorn).
+    size = int(length or (max_body + 1 if environ.get("wsgi.input_terminated") else 0))
+    if length and size > max_body:
+        raise Refused(CONTENT_TOO_LARGE, f"a body of {size} bytes; max_body is {max_body}")
+    try:
+        body: bytes = environ["wsgi.input"].read(size)
+    except OSError as error:
+        raise Refused(BAD_REQUEST, f"the body did not arrive: {type(error).__name__}") from None
+    if len(body) > max_body:
+        raise Refused(CONTENT_TOO_LARGE, f"a body of more than max_body, {max_body} bytes")
+    if length and len(body) < size:
+        raise Refused(BAD_REQUEST, f"{len(body)} bytes of a body of {size}")
+    return body
+
+
+def _message(body: bytes) -> Message:
+    try:
+        message = wxmessage.from_xml(body)
+        wxmessage.check(message)
+    except MessageError as error:
+        raise Refused(BAD_REQUEST, f"no message of WeChat's: {error}") from None
+    return message
+
+
+def _answer(message: Message, reply: Callable[[Message], Reply], now: float) -> tuple[str, bytes]:
+    """Return the content type and the body. "success" tells WeChat that there is no reply."""
+    try:
+        answer = wxmessage.answer(message, reply(message), now)
+        if answer is not None:
+            return "application/xml", wxmessage.to_xml(answer)
+    except Exception:  # an error page would be sent again, and shown to the follower as a failure
+        log.exception("reply() failed for MsgType %r; answered success", message["MsgType"][:32])
+    return "text/plain", b"success"
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``application`` when a server asks for it: importing this module needs no config."""
+    if name != "application":
+        raise AttributeError(f"module 'wxserver' has no attribute {name!r}")
+    globals()[name] = made = create_application(wxconfig.load())
+    return made
+
+
+def main() -> None:
+    """Serve on 127.0.0.1 with the standard library alone, for a first look."""
+    import argparse
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+
+    class Handler(WSGIRequestHandler):
+        def log_request(self, code: object = "-", _size: object = "-") -> None:
+            log.info("%s %s", self.command, code)  # without the query, which has the signature
+
+    parser = argparse.ArgumentParser(description=main.__doc__, epilog="In earnest: make run")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    port = parser.parse_args().port
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        config = wxconfig.load()
+        application = create_application(config)
+        with make_server("127.0.0.1", port, application, Server, Handler) as server:
+            log.info(
+                "Serving http://127.0.0.1:%d%s for a first look; end with Ctrl-C", port, config.path
+            )
+            server.serve_forever()
+    except (ConfigError, OSError, OverflowError) as error:
+        sys.exit(f"wxserver: {error}")
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
