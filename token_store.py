@@ -78,9 +78,12 @@ class _State:
     retry_at: float = 0.0
 
 
+# Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
+_UPTIME_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 def _uptime() -> float:
-    # Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    return time.clock_gettime(_UPTIME_CLOCK)
 
 
 class TokenStore:
@@ -174,8 +177,8 @@ class TokenStore:
         return state.expires_in - max(age, self._uptime() - state.uptime)
 
     def _is_fresh(self, state: _State, left: float) -> bool:
-        # Half its life at least, or a short-lived token would be fetched at every call.
-        return left > min(self._margin, state.expires_in / 2)
+        # Half of its life at least, or a short-lived token would be fetched at every call.
+        return left > self._margin or left > state.expires_in / 2
 
     def _wait(self, state: _State) -> float:
         """Return the seconds for which a failure still holds everybody back, or 0."""
@@ -301,7 +304,11 @@ class TokenStore:
             if (
                 state.appid == self._nothing.appid
                 and re.fullmatch("[!-~]{0,1024}", state.access_token)
-                and 0 <= state.expires_in <= LONGEST_LIFE
+                and (
+                    0 < state.expires_in <= LONGEST_LIFE
+                    if state.access_token
+                    else not state.expires_in
+                )
                 and all(map(math.isfinite, numbers))
             ):
                 return state

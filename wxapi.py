@@ -21,6 +21,8 @@ from token_store import ApiError, TokenStore
 if TYPE_CHECKING:
     from wxconfig import Config
 
+__all__ = ["Api", "ApiError", "from_config"]
+
 ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
 
 

@@ -35,12 +35,12 @@ def from_xml(body: bytes) -> Message:
         MessageError: not well-formed, not UTF-8, a DOCTYPE (so no entities either), nested
             deeper than ``MAX_DEPTH``, or a root other than ``xml``.
     """
+    if b"\0" in body:  # else expat takes it for UTF-16, whatever it is told
+        raise MessageError("not UTF-8")
     stack: list[Message] = [{}]
     chunks: list[str] = []
 
-    def start(name: str, _attributes: dict[str, str]) -> None:
-        if len(stack) == 1 and name != "xml":
-            raise MessageError("the root element is not xml")
+    def start(_name: str, _attributes: dict[str, str]) -> None:
         if len(stack) > MAX_DEPTH:
             raise MessageError(f"elements are nested deeper than {MAX_DEPTH}")
         stack.append({})
@@ -48,7 +48,6 @@ def from_xml(body: bytes) -> Message:
 
     def end(name: str) -> None:
         value: Any = stack.pop() or "".join(chunks)
-        chunks.clear()
         parent = stack[-1]
         if name not in parent:
             parent[name] = value
@@ -74,7 +73,9 @@ def from_xml(body: bytes) -> Message:
         parser.Parse(body, True)
     except expat.ExpatError as error:
         raise MessageError(f"not well-formed XML: {error}") from None
-    root = stack[0]["xml"]
+    root = stack[0].get("xml")
+    if root is None:
+        raise MessageError("the root element is not xml")
     return root if isinstance(root, dict) else {}
 
 
@@ -93,20 +94,25 @@ def to_xml(message: Message) -> bytes:
 def _elements(fields: Message) -> str:
     parts: list[str] = []
     for name, value in fields.items():
-        if not _NAME.fullmatch(name):
+        if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
-        for item in value if isinstance(value, list) else [value]:
+        for item in value if isinstance(value, list) else (value,):
             if isinstance(item, str):
-                # Forbidden characters go first: without them a new "]]>" may stand there.
-                inner = _NOT_XML.sub("", item).replace("]]>", "]]]]><![CDATA[>")
-                parts.append(f"<{name}><![CDATA[{inner}]]></{name}>")
+                inner = f"<![CDATA[{_cdata(item)}]]>"
             elif isinstance(item, dict):
-                parts.append(f"<{name}>{_elements(item)}</{name}>")
+                inner = _elements(item)
             elif type(item) is int:
-                parts.append(f"<{name}>{item}</{name}>")
+                inner = str(item)
             else:
                 raise TypeError(f"{name} is a {type(item).__name__}, not a str, int, dict or list")
+            parts.append(f"<{name}>{inner}</{name}>")
     return "".join(parts)
+
+
+def _cdata(text: str) -> str:
+    if not text.isprintable():
+        text = _NOT_XML.sub("", text)  # first: without them a new "]]>" may stand there
+    return text.replace("]]>", "]]]]><![CDATA[>")
 
 
 def check(message: Message) -> None:
@@ -137,26 +143,23 @@ def answer(message: Message, reply: Reply, now: float) -> Message | None:
     """
     if reply is None or reply == "":
         return None
-    if isinstance(reply, str):
-        reply = text(reply)
-    if not isinstance(reply, dict):
+    fields = text(reply) if isinstance(reply, str) else reply
+    if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
-    match reply:
-        case {"MsgType": "text", "Content": str(content)}:
-            reply = reply | {"Content": _cut(content)}
-        case {"MsgType": "news", "ArticleCount": count} if count != 1:
-            if message["MsgType"] != "event":
-                raise ValueError(f"{count} articles: the answer to a message may have one")
-        case {"MsgType": str()}:
-            pass
-        case _:
-            raise ValueError("the reply has no MsgType")
-    return {
+    kind = fields.get("MsgType")
+    if not kind or not isinstance(kind, str):
+        raise ValueError("the reply has no MsgType")
+    whole = {
         "ToUserName": message["FromUserName"],
         "FromUserName": message["ToUserName"],
         "CreateTime": int(now),
-        **reply,
+        **fields,
     }
+    if kind == "text":
+        whole["Content"] = _cut(fields["Content"])
+    elif kind == "news" and message["MsgType"] != "event" and fields["ArticleCount"] > 1:
+        raise ValueError(f"{fields['ArticleCount']} articles: the answer to a message may have one")
+    return whole
 
 
 def _cut(content: str) -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_plus
 
 import reply
 import wxconfig
@@ -40,6 +40,13 @@ _PARAMETERS = {
     "timestamp": re.compile("[0-9]{1,11}"),
     "nonce": re.compile("[!-~]{1,128}"),
     "echostr": re.compile("[\x00-\xff]{1,1024}"),
+}
+
+
+_LENGTH = re.compile("[0-9]{0,18}")
+_EXPECTED = {
+    "GET": ("signature", "timestamp", "nonce", "echostr"),
+    "POST": ("signature", "timestamp", "nonce"),
 }
 
 
@@ -73,10 +80,10 @@ def create_application(
         now = clock()
         try:
             method = _route(environ, config.path)
-            query = _query(environ, "signature", "timestamp", "nonce")
+            query = _query(environ.get("QUERY_STRING", ""), _EXPECTED[method])
             _gate(query, token, config.max_age, now)
             if method == "GET":
-                body = _query(environ, "echostr")["echostr"].encode("latin-1")
+                body = query["echostr"].encode("latin-1")
             else:
                 message = _message(_body(environ, config.max_body))
                 content_type, body = _answer(message, reply, now)
@@ -102,30 +109,23 @@ def _route(environ: WSGIEnvironment, path: str) -> str:
         asked = environ.get("PATH_INFO", "")[:80]
         raise Refused(NOT_FOUND, f"{asked!r} was asked for; the callback is at {path!r}")
     method: str = environ["REQUEST_METHOD"]
-    if method not in ("GET", "POST"):
+    if method not in _EXPECTED:
         raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}")
     return method
 
 
-def _query(environ: WSGIEnvironment, *names: str) -> dict[str, str]:
-    """Return the parameters that are asked for; each must be there, once and well-formed."""
-    try:
-        pairs = parse_qsl(
-            environ.get("QUERY_STRING", ""),
-            keep_blank_values=True,
-            encoding="latin-1",
-            max_num_fields=32,
-        )
-    except ValueError:
-        raise Refused(BAD_REQUEST, "too many parameters") from None
-    query = {}
+def _query(query_string: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the parameters; those in ``names`` must be there, each once and well-formed."""
+    pairs = [pair.partition("=")[::2] for pair in query_string.split("&")]
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise Refused(BAD_REQUEST, "a parameter is repeated")
     for name in names:
-        values = [value for key, value in pairs if key == name]
-        if len(values) != 1:
-            raise Refused(BAD_REQUEST, f"{name} is {'repeated' if values else 'missing'}")
-        if not _PARAMETERS[name].fullmatch(values[0]):
+        if name not in query:
+            raise Refused(BAD_REQUEST, f"{name} is missing")
+        query[name] = unquote_plus(query[name], "latin-1")
+        if not _PARAMETERS[name].fullmatch(query[name]):
             raise Refused(BAD_REQUEST, f"{name} is malformed")
-        query[name] = values[0]
     return query
 
 
@@ -146,7 +146,7 @@ def _gate(query: dict[str, str], token: str, max_age: int, now: float) -> None:
 
 def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
     length = environ.get("CONTENT_LENGTH", "")
-    if not re.fullmatch("[0-9]{0,18}", length):
+    if not _LENGTH.fullmatch(length):
         raise Refused(BAD_REQUEST, "Content-Length is no number")
     # With no length, the server must say that a read ends with the body (chunked, in gunicorn).
     size = int(length or (max_body + 1 if environ.get("wsgi.input_terminated") else 0))

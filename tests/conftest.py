@@ -1,0 +1,84 @@
+"""What the tests share: the account of the platform's worked examples, and real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from fake_api import APPID, APPSECRET, FakeApi
+
+import wxcrypto
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "AAAAA"  # of the platform's worked examples
+NOW = 1714036504
+
+
+def signed(
+    token: str = TOKEN, timestamp: object = NOW, nonce: str = "1514711492", **more: str
+) -> str:
+    """Return the query of a request as WeChat signs it."""
+    signature = wxcrypto.sign(token, str(timestamp), nonce)
+    return urlencode({"signature": signature, "timestamp": str(timestamp), "nonce": nonce, **more})
+
+
+def message_xml(content: str = "hello", **fields: str) -> bytes:
+    """Return a text message as WeChat writes it, with ``fields`` over or beside its own."""
+    whole = {
+        "ToUserName": "gh_97417a04a28d",
+        "FromUserName": "o9AgO5Kd5ggOC-bXrbNODIiE3bGY",
+        "CreateTime": "1714112445",
+        "MsgType": "text",
+        "Content": content,
+        "MsgId": "23456789012345678",
+        **fields,
+    }
+    return f"<xml>{''.join(f'<{k}><![CDATA[{v}]]></{k}>' for k, v in whole.items())}</xml>".encode()
+
+
+def config_for(api: FakeApi, folder: Path, **environ: str) -> dict[str, str]:
+    """Write a config.ini for the account of ``api``; return the environment that names it."""
+    path = folder / "config.ini"
+    path.write_text(f"[access_token]\napi_base = {api.base}\n")
+    secrets = {"WX_APPID": APPID, "WX_APPSECRET": APPSECRET}
+    return {"WXSERVER_CONFIG": str(path)} | secrets | environ
+
+
+@pytest.fixture
+def fake_api() -> Iterator[FakeApi]:
+    """Serve an api.weixin.qq.com of this test's own."""
+    with FakeApi() as api:
+        yield api
+
+
+Run = Callable[..., Any]  # a Popen whose pipes are all there
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Start Python processes that are gone when the test is, whatever happens."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, env: dict[str, str] | None = None) -> Any:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN"))}
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**clean, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

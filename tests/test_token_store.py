@@ -1,0 +1,738 @@
+"""The token store: threads, processes, kill -9, full disks, wrong clocks, and a WeChat that fails.
+
+The API is a fake one over real HTTP; processes, locks and files are real; clocks are passed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Run, config_for
+from fake_api import APPID, APPSECRET, FakeApi
+
+import token_store
+from token_store import TokenError, TokenStore
+
+
+class Clock:
+    """A wall clock and an uptime that the test moves."""
+
+    def __init__(self) -> None:
+        self.now, self.up = 1_800_000_000.0, 1000.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.up += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "access_token.json"
+
+
+class Maker:
+    """Makes stores of one account as other processes would have them: nothing shared but files."""
+
+    def __init__(self, path: Path, api: FakeApi, clock: Clock) -> None:
+        self.path, self.api, self.clock = path, api, clock
+
+    def __call__(self, **more: Any) -> TokenStore:
+        settings: dict[str, Any] = {
+            "appid": APPID,
+            "appsecret": APPSECRET,
+            "api_base": self.api.base,
+            "clock": lambda: self.clock.now,
+            "uptime": lambda: self.clock.up,
+        }
+        return TokenStore(self.path, **(settings | more))
+
+
+@pytest.fixture
+def make(path: Path, fake_api: FakeApi, clock: Clock) -> Maker:
+    return Maker(path, fake_api, clock)
+
+
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_a_token_is_fetched_once_and_shared(make: Maker, fake_api: FakeApi, endpoint: str) -> None:
+    tokens = {make(endpoint=endpoint).get() for _ in range(5)}
+    assert tokens == {fake_api.token}
+    assert [asked["appid"] for asked in fake_api.fetches] == [APPID]
+    assert len(fake_api.token) == 512
+
+
+def test_the_file_is_private_and_says_nothing_but_the_token(make: Maker, path: Path) -> None:
+    token = make().get()
+    assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
+    for entry in path.parent.iterdir():
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert json.loads(path.read_text())["access_token"] == token
+    assert APPSECRET not in path.read_text()
+
+
+def test_get_reads_memory_while_the_file_is_the_same(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    store = make()
+    token = store.get()
+    assert store.get() == token
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content.replace(token[:4].encode(), b"XXXX"))  # the same inode and size
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert store.get() == token
+    os.utime(path)
+    assert store.get().startswith("XXXX")
+    assert len(fake_api.fetches) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_near_expiry_the_token_is_renewed_and_not_before(
+    make: Maker, fake_api: FakeApi, clock: Clock, endpoint: str
+) -> None:
+    store = make(endpoint=endpoint)
+    first = store.get()
+    clock.sleep(7200 - 241)
+    assert store.get() == first
+    clock.sleep(2)
+    fake_api.stable = ""  # under five minutes before its end, WeChat gives another one
+    assert store.get() == fake_api.token != first
+    assert len(fake_api.fetches) == 2
+
+
+class Holder:
+    """Another process that holds the lock, as while it fetches."""
+
+    SCRIPT = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+
+    def __init__(self, run: Run, path: Path) -> None:
+        self.process = run("-c", self.SCRIPT, f"{path}.lock")
+        assert self.process.stdout.readline() == "held\n"
+
+
+def test_near_expiry_the_others_go_on_with_the_token_that_is_still_good(
+    make: Maker, path: Path, fake_api: FakeApi, clock: Clock, run: Run
+) -> None:
+    store = make()
+    first = store.get()
+    clock.sleep(7200 - 100)
+    Holder(run, path)
+    assert store.get() == first
+    assert len(fake_api.fetches) == 1
+
+
+def test_past_expiry_the_others_wait_for_the_one_that_fetches(
+    make: Maker, fake_api: FakeApi
+) -> None:
+    fake_api.delay = 0.3
+    with ThreadPoolExecutor(20) as pool:
+        tokens = set(pool.map(lambda _: make().get(), range(20)))
+    assert tokens == {fake_api.token}
+    assert len(fake_api.fetches) == 1
+
+
+def test_the_wait_has_a_limit(
+    make: Maker, path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    Holder(run, path)
+    monkeypatch.setattr(token_store, "PATIENCE", 0.1)
+    with pytest.raises(TokenError, match="another process has been fetching"):
+        make().get()
+
+
+def test_a_lock_dies_with_its_holder(make: Maker, path: Path, fake_api: FakeApi, run: Run) -> None:
+    path.parent.mkdir()
+    holder = Holder(run, path)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(make().get)
+        time.sleep(0.1)
+        assert not waiting.done()
+        holder.process.kill()
+        assert waiting.result(timeout=5) == fake_api.token
+
+
+ASK = """
+import os, sys, time
+from token_store import TokenStore
+path, appid, secret, api_base, stale = sys.argv[1:]
+store = TokenStore(path, appid, secret, api_base=api_base)
+print("ready", flush=True)
+sys.stdin.readline()
+print(store.refresh(stale) if stale else store.get())
+"""
+
+
+def ask_at_once(run: Run, count: int, path: Path, api: FakeApi, stale: str = "") -> list[str]:
+    """Let ``count`` processes ask at one moment, each four times side by side in threads."""
+    arguments = ("-c", ASK, str(path), APPID, APPSECRET, api.base, stale)
+    processes = [run(*arguments) for _ in range(count)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0].strip() for process in processes]
+
+
+def test_fifty_processes_at_once_make_one_fetch(path: Path, fake_api: FakeApi, run: Run) -> None:
+    fake_api.delay = 0.2
+    assert ask_at_once(run, 50, path, fake_api) == [fake_api.token] * 50
+    assert len(fake_api.fetches) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_a_hundred_told_40001_at_once_make_one_fetch(
+    make: Maker, fake_api: FakeApi, endpoint: str
+) -> None:
+    stale = make(endpoint=endpoint).get()
+    fake_api.stable, fake_api.delay = "", 0.1  # somebody reset it: WeChat knows another one now
+    with ThreadPoolExecutor(100) as pool:
+        tokens = set(pool.map(lambda _: make(endpoint=endpoint).refresh(stale), range(100)))
+    assert tokens == {fake_api.token}
+    assert stale not in tokens
+    assert len(fake_api.fetches) == 2
+
+
+def test_ten_processes_told_40001_at_once_make_one_fetch(
+    make: Maker, path: Path, fake_api: FakeApi, run: Run, clock: Clock
+) -> None:
+    clock.now, clock.up = time.time(), token_store._uptime()
+    stale = make().get()
+    fake_api.stable, fake_api.delay = "", 0.2
+    assert ask_at_once(run, 10, path, fake_api, stale) == [fake_api.token] * 10
+    assert len(fake_api.fetches) == 2
+
+
+def test_a_token_that_somebody_already_replaced_is_not_fetched_again(
+    make: Maker, fake_api: FakeApi
+) -> None:
+    first = make().get()
+    assert make().refresh("an older one") == first
+    assert len(fake_api.fetches) == 1
+
+
+def test_a_stable_token_that_is_given_again_is_forced_once_in_thirty_seconds(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    store = make()
+    first = store.get()
+    second = store.refresh(first)
+    assert second != first
+    assert [asked.get("force_refresh") for asked in fake_api.fetches] == [None, None, True]
+    clock.sleep(10)
+    assert store.refresh(second) == second
+    clock.sleep(21)
+    assert store.refresh(second) not in (first, second)
+    assert [bool(asked.get("force_refresh")) for asked in fake_api.fetches].count(True) == 2
+
+
+REFRESH_FOREVER = """
+import sys
+from token_store import TokenStore
+path, appid, secret, api_base = sys.argv[1:]
+store = TokenStore(path, appid, secret, endpoint="token", api_base=api_base)
+token = store.get()
+while True:
+    print(token, flush=True)
+    token = store.refresh(token)
+"""
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_file_and_a_free_lock(
+    path: Path, fake_api: FakeApi, run: Run
+) -> None:
+    fake_api.length = 60
+    dice = random.Random(20241121)
+    store = TokenStore(path, APPID, APPSECRET, endpoint="token", api_base=fake_api.base)
+    for _ in range(15):
+        arguments = (str(path), APPID, APPSECRET, fake_api.base)
+        process = run("-c", REFRESH_FOREVER, *arguments)
+        assert process.stdout.readline()
+        time.sleep(dice.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        content = json.loads(path.read_text())
+        assert re.fullmatch(r"T\d+_x+", content["access_token"])
+        assert store.get() == content["access_token"]
+        assert store.refresh(content["access_token"]) == fake_api.token
+        assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
+
+
+def test_what_a_killed_process_left_is_taken_over(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    path.parent.mkdir()
+    Path(f"{path}.new").write_text("{" + "half" * 5000)
+    assert make().get() == fake_api.token
+    assert json.loads(path.read_text())["access_token"] == fake_api.token
+    assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
+
+
+FULL_DISK = """
+import resource, sys
+from token_store import TokenError, TokenStore
+path, appid, secret, api_base = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    TokenStore(path, appid, secret, api_base=api_base).get()
+except TokenError as error:
+    print(error)
+"""
+
+
+def test_a_disk_with_no_room_is_found_out_before_wechat_is_asked(
+    path: Path, fake_api: FakeApi, run: Run
+) -> None:
+    arguments = (str(path), APPID, APPSECRET, fake_api.base)
+    out, err = run("-c", FULL_DISK, *arguments).communicate()
+    assert out.startswith(f"cannot write {path}: ")
+    assert err == ""
+    assert fake_api.fetches == []
+
+
+@pytest.fixture
+def readonly() -> Iterator[Path]:
+    """A folder that this user may read but not write; root becomes nobody for it."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    state = folder / "state"
+    state.mkdir()
+    yield state
+    state.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+READ_ONLY = """
+import encodings.idna, os, sys
+from token_store import TokenError, TokenStore
+path, appid, secret, api_base, count = sys.argv[1:]
+store = TokenStore(path, appid, secret, margin=7000, api_base=api_base)
+if os.geteuid() == 0:
+    os.seteuid(65534)
+for _ in range(int(count)):
+    try:
+        print(store.get())
+    except TokenError as error:
+        print(error)
+"""
+
+
+def test_a_read_only_place_is_found_out_before_wechat_is_asked(
+    readonly: Path, fake_api: FakeApi, run: Run
+) -> None:
+    readonly.chmod(0o555)
+    arguments = (str(readonly / "t.json"), APPID, APPSECRET, fake_api.base, "1")
+    out, _ = run("-c", READ_ONLY, *arguments).communicate()
+    assert "cannot write" in out
+    assert "Permission denied" in out
+    assert fake_api.fetches == []
+
+
+def test_in_a_read_only_place_the_old_token_is_served_and_the_failure_logged_once(
+    readonly: Path, fake_api: FakeApi, run: Run
+) -> None:
+    path = readonly / "t.json"
+    clock = Clock()
+    clock.now, clock.up = time.time() - 4000, token_store._uptime() - 4000
+    token = Maker(path, fake_api, clock)().get()
+    for entry in readonly.iterdir():
+        entry.chmod(0o644)
+    readonly.chmod(0o555)
+    arguments = (str(path), APPID, APPSECRET, fake_api.base, "20")
+    out, err = run("-c", READ_ONLY, *arguments).communicate()
+    assert out.split() == [token] * 20
+    assert err.count("going on with the old access_token: cannot write") == 1
+    assert len(fake_api.fetches) == 1
+
+
+def test_a_token_that_cannot_be_written_after_all_is_not_lost_to_its_process(
+    make: Maker, path: Path, fake_api: FakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.mkdir(parents=True)  # so that the last step, the rename, is what fails
+    store = make(endpoint="token")
+    assert store.get() == store.get() == fake_api.token
+    assert len(fake_api.fetches) == 1
+    assert "known to this process alone" in caplog.text
+
+
+FAILURES: list[tuple[dict[str, Any], str]] = [
+    ({"failure": b'{"errcode": -1, "errmsg": "system error"}'}, "errcode -1 .*try again later"),
+    ({"failure": b'{"errcode": 40013, "errmsg": "x"}'}, r"errcode 40013 .*\[wechat\] appid"),
+    ({"failure": b'{"errcode": 40125, "errmsg": "x"}'}, r"errcode 40125 .*\[wechat\] appsecret"),
+    (
+        {"failure": b'{"errcode": 40164, "errmsg": "invalid ip 1.2.3.4 ipv6 ::ffff:1.2.3.4"}'},
+        r"errcode 40164 .*: add 1\.2\.3\.4 to .*IP白名单",
+    ),
+    ({"failure": b'{"errcode": 99999, "errmsg": "new"}'}, r"errcode 99999 \(new\): .*全局返回码"),
+    ({"failure": b'{"errcode": "40013"}'}, "something else than WeChat's JSON"),
+    ({"failure": b'{"errcode": [1]}'}, "something else than WeChat's JSON"),
+    ({"failure": b'{"errcode": 1, "errmsg": "a\\nb\\u0000"}'}, r"errcode 1 \(a b"),
+    ({"failure": b"<html>oops</html>"}, "something else than WeChat's JSON"),
+    ({"failure": b"[]"}, "something else than WeChat's JSON"),
+    ({"failure": b"[" * 100_000}, "something else than WeChat's JSON"),
+    ({"failure": b""}, "something else than WeChat's JSON"),
+    ({"failure": b"\xff\xfe"}, "something else than WeChat's JSON"),
+    ({"failure": b"{}"}, "no access_token"),
+    ({"failure": b'{"access_token": "", "expires_in": 7200}'}, "no access_token"),
+    ({"failure": b'{"access_token": "a b", "expires_in": 7200}'}, "no access_token"),
+    ({"failure": b'{"access_token": 7, "expires_in": 7200}'}, "no access_token"),
+    ({"failure": b'{"access_token": "T"}'}, "not how long it lives"),
+    ({"expires_in": "7200"}, "not how long it lives"),
+    ({"expires_in": True}, "not how long it lives"),
+    ({"expires_in": 0}, "not how long it lives"),
+    ({"expires_in": -5}, "not how long it lives"),
+    ({"expires_in": 1.5}, "not how long it lives"),
+    ({"status": 502, "failure": b"<html>"}, "HTTP status 502"),
+    ({"status": 302, "failure": b"", "location": "http://127.0.0.1:1/"}, "HTTP status 302"),
+]
+
+
+@pytest.mark.parametrize(("switches", "error"), FAILURES)
+def test_every_failure_is_one_line_that_says_what_happened(
+    make: Maker, fake_api: FakeApi, switches: dict[str, Any], error: str
+) -> None:
+    vars(fake_api).update(switches)
+    with pytest.raises(TokenError, match=error) as caught:
+        make().get()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("switches", "error"), FAILURES)
+def test_while_the_old_token_lives_a_failure_is_logged_and_it_is_served(
+    make: Maker,
+    fake_api: FakeApi,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    switches: dict[str, Any],
+    error: str,
+) -> None:
+    store = make()
+    first = store.get()
+    clock.sleep(7200 - 100)
+    vars(fake_api).update(switches)
+    assert store.get() == first
+    assert re.search(error, caplog.text)
+    clock.sleep(101)
+    with pytest.raises(TokenError, match=error):
+        make().get()
+
+
+def test_the_errcode_is_there_for_programs(make: Maker, fake_api: FakeApi) -> None:
+    fake_api.failure = b'{"errcode": 40164, "errmsg": "x"}'
+    with pytest.raises(TokenError) as caught:
+        make().get()
+    assert caught.value.errcode == 40164
+
+
+@pytest.mark.parametrize("switches", [{"delay": 5.0}, {"drip": 0.05, "failure": b" " * 500}])
+def test_an_api_too_slow_to_connect_to_answer_or_to_finish_is_left(
+    make: Maker, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(token_store, "TIMEOUT", 0.2)
+    vars(fake_api).update(switches)
+    with pytest.raises(TokenError, match="no answer from 127"):
+        make().get()
+
+
+def test_an_api_that_is_not_there_is_named(make: Maker) -> None:
+    with pytest.raises(TokenError, match=r"no answer from 127\.0\.0\.1:1: .*refused"):
+        make(api_base="http://127.0.0.1:1").get()
+
+
+def test_an_answer_without_end_is_left(
+    make: Maker, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "LARGEST_ANSWER", 100_000)
+    fake_api.failure = b" " * 10_000_000
+    with pytest.raises(TokenError, match="no answer from 127"):
+        make().get()
+
+
+def test_a_failing_api_is_left_alone_by_all_for_a_while_that_doubles(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    fake_api.failure = b'{"errcode": -1, "errmsg": "system error"}'
+    waits = []
+    for _ in range(6):
+        asked = len(fake_api.calls)
+        with pytest.raises(TokenError) as caught:
+            make().get()
+        assert len(fake_api.calls) == asked + 1
+        for _ in range(10):
+            with pytest.raises(TokenError, match="errcode -1"):
+                make().get()
+        assert len(fake_api.calls) == asked + 1
+        match = re.search(r"next try in (\d+) s", str(caught.value))
+        assert match
+        waits.append(int(match[1]))
+        clock.sleep(waits[-1] + 0.1)
+    assert waits == [5, 10, 20, 40, 60, 60]
+    fake_api.failure = None
+    assert make().get() == fake_api.token
+
+
+def test_a_failure_near_expiry_is_not_tried_again_at_every_call(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    first = make().get()
+    clock.sleep(7200 - 100)
+    fake_api.failure = b"<html>"
+    assert [make().get() for _ in range(20)] == [first] * 20
+    assert len(fake_api.calls) == 1
+
+
+def test_a_clock_set_back_does_not_lengthen_the_wait(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    fake_api.failure = b"<html>"
+    with pytest.raises(TokenError):
+        make().get()
+    clock.now -= 86400
+    fake_api.failure = None
+    assert make().get() == fake_api.token
+
+
+@pytest.mark.parametrize("back", [90, 3600, 86400 * 365])
+def test_a_clock_set_back_does_not_keep_a_dead_token(
+    make: Maker, fake_api: FakeApi, clock: Clock, back: float
+) -> None:
+    store = make(endpoint="token")
+    first = store.get()
+    clock.sleep(6000)
+    clock.now -= back
+    clock.sleep(1300)  # it is dead now, whatever the wall clock says
+    assert store.get() == fake_api.token != first
+    assert make(endpoint="token").get() == fake_api.token
+
+
+def test_a_clock_set_back_over_a_restart_of_the_machine_does_not_keep_a_dead_token(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    first = make(endpoint="token").get()
+    clock.now, clock.up = clock.now - 3600, 5.0
+    assert make(endpoint="token").get() == fake_api.token != first
+
+
+def test_a_restart_of_the_machine_keeps_a_living_token(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    first = make().get()
+    clock.now, clock.up = clock.now + 60, 5.0
+    assert make().get() == first
+    clock.sleep(7200 - 60 - 100)
+    fake_api.stable = ""
+    assert make().get() != first
+
+
+def test_a_clock_set_forward_costs_one_fetch(make: Maker, fake_api: FakeApi, clock: Clock) -> None:
+    make().get()
+    clock.now += 86400
+    for _ in range(5):
+        assert make().get() == fake_api.token
+        clock.sleep(60)
+    assert len(fake_api.fetches) == 2
+
+
+@pytest.mark.parametrize("life", [1, 10, 240, 300])
+def test_a_token_as_short_lived_as_the_margin_is_not_fetched_at_every_call(
+    make: Maker, fake_api: FakeApi, clock: Clock, life: int
+) -> None:
+    fake_api.expires_in = life
+    for _ in range(100):
+        assert make().get() == fake_api.token
+        clock.sleep(life / 100)
+    assert len(fake_api.fetches) <= 3
+
+
+def test_a_margin_over_five_minutes_does_not_loop_on_a_stable_token(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    end = clock.now + 7200
+    for _ in range(7200 // 20):
+        fake_api.expires_in = int(end - clock.now)
+        if fake_api.expires_in < 300:  # from here on, WeChat gives another one
+            fake_api.stable, fake_api.expires_in, end = "", 7200, clock.now + 7200
+        make(margin=3600).get()
+        clock.sleep(20)
+    assert len(fake_api.fetches) <= 8
+
+
+def test_a_life_beyond_the_platforms_is_taken_as_the_platforms(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    fake_api.expires_in = 10**12
+    first = make(endpoint="token").get()
+    clock.sleep(7201)
+    assert make(endpoint="token").get() != first
+
+
+def good(**over: Any) -> str:
+    whole = {
+        "appid": APPID,
+        "access_token": "FROMFILE",
+        "expires_in": 7200,
+        "fetched_at": Clock().now,
+        "uptime": Clock().up,
+    }
+    return json.dumps(whole | over)
+
+
+def test_a_good_file_is_believed(make: Maker, path: Path, fake_api: FakeApi) -> None:
+    path.parent.mkdir()
+    path.write_text(good())
+    assert make().get() == "FROMFILE"
+    assert fake_api.fetches == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        '"text"',
+        "[" * 5000,
+        "\0" * 4096,
+        "{}",
+        good(appid="wxsomebodyelse"),
+        good(access_token=""),
+        good(access_token=7),
+        good(access_token="a b"),
+        good(access_token="a" * 2000),
+        good(expires_in=10**9),
+        good(expires_in=-1),
+        good(expires_in="7200"),
+        good(expires_in=None),
+        good(expires_in=float("nan")),
+        good(fetched_at=0),
+        good(fetched_at=Clock().now + 86400),
+        good(fetched_at=Clock().now - 7201),
+        good(fetched_at=float("nan")),
+        good(fetched_at=float("-inf")),
+        good(fetched_at="yesterday"),
+        good(fetched_at=10**400),
+        good(uptime=None),
+        good(unknown=1),
+    ],
+)
+def test_a_corrupt_empty_foreign_or_absurd_file_counts_as_no_token(
+    make: Maker, path: Path, fake_api: FakeApi, content: str
+) -> None:
+    path.parent.mkdir()
+    path.write_text(content)
+    assert make().get() == fake_api.token != ""
+    assert make().get() == fake_api.token
+    assert len(fake_api.fetches) == 1
+
+
+def test_a_file_of_bytes_that_are_no_text_counts_as_no_token(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    path.parent.mkdir()
+    path.write_bytes(bytes(range(128, 256)))
+    assert make().get() == fake_api.token
+
+
+@pytest.mark.parametrize(("appid", "secret"), [("", "s"), ("wx1", "")])
+def test_a_store_without_credentials_is_refused_at_once(
+    tmp_path: Path, appid: str, secret: str
+) -> None:
+    with pytest.raises(ValueError, match="appid and appsecret"):
+        TokenStore(tmp_path / "t.json", appid, secret)
+    with pytest.raises(ValueError, match="endpoint"):
+        TokenStore(tmp_path / "t.json", "wx1", "s", endpoint="tokens")
+
+
+def test_the_secret_and_the_token_never_show(
+    make: Maker, fake_api: FakeApi, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    store = make()
+    token = store.get()
+    for secret in (APPSECRET, "wrong" + APPSECRET):  # this fake quotes what it was sent
+        for endpoint in ("stable_token", "token"):
+            clock.sleep(7300)
+            fake_api.failure = json.dumps({"errcode": 1, "errmsg": f"bad {secret}"}).encode()
+            with pytest.raises(TokenError) as caught:
+                make(appsecret=secret, endpoint=endpoint).get()
+            assert secret not in str(caught.value)
+            assert secret not in make.path.read_text()
+    assert APPSECRET not in caplog.text + repr(store) + str(vars(caught.value))
+    assert token not in caplog.text + repr(store)
+
+
+def test_the_command_prints_the_token_alone(fake_api: FakeApi, tmp_path: Path, run: Run) -> None:
+    env = config_for(fake_api, tmp_path)
+    for _ in range(2):
+        process = run(token_store.__file__, env=env)
+        out, err = process.communicate()
+        assert (out, err, process.returncode) == (fake_api.token + "\n", "", 0)
+    assert len(fake_api.fetches) == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "error"),
+    [
+        ({"WX_APPSECRET": "wrong"}, "token_store: errcode 40125"),
+        ({"WX_APPID": ""}, "token_store: set [wechat] appid and appsecret"),
+        ({"WXSERVER_CONFIG": "/does/not/exist.ini"}, "token_store: /does/not/exist.ini"),
+    ],
+)
+def test_the_command_says_errors_on_stderr_and_exits_1(
+    fake_api: FakeApi, tmp_path: Path, run: Run, environ: dict[str, str], error: str
+) -> None:
+    process = run(token_store.__file__, env=config_for(fake_api, tmp_path, **environ))
+    out, err = process.communicate()
+    assert (out, process.returncode) == ("", 1)
+    assert err.startswith(error)
+    assert err.count("\n") == 1
+
+
+def test_it_works_when_copied_out_alone(fake_api: FakeApi, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "token_store.py", tmp_path)
+    script = (
+        "import token_store; print(token_store.TokenStore("
+        f"'t.json', {APPID!r}, {APPSECRET!r}, api_base={fake_api.base!r}).get())"
+    )
+    isolated = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, '.'); {script}"]
+    out = subprocess.run(isolated, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == fake_api.token
+
+
+def test_threads_of_one_store_share_one_fetch(make: Maker, fake_api: FakeApi) -> None:
+    fake_api.delay = 0.2
+    store, barrier = make(), threading.Barrier(30)
+
+    def ask(_: int) -> str:
+        barrier.wait()
+        return store.get()
+
+    with ThreadPoolExecutor(30) as pool:
+        assert set(pool.map(ask, range(30))) == {fake_api.token}
+    assert len(fake_api.fetches) == 1

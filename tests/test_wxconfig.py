@@ -1,0 +1,204 @@
+"""config.ini and the environment: what is taken, and what stops the start."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+import wxconfig
+from wxconfig import Config, ConfigError, callback_token, load
+
+
+def ini(folder: Path, text: str | bytes) -> Path:
+    path = folder / "config.ini"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_the_shipped_file_says_the_defaults() -> None:
+    assert load(ROOT / "config.ini", {}) == load_empty(ROOT)
+
+
+def load_empty(folder: Path) -> Config:
+    """What Config's own defaults are, for a file in ``folder``."""
+    return Config(state_dir=folder / "state")
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert load(ini(tmp_path, ""), {}) == load_empty(tmp_path)
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    path = ini(
+        tmp_path,
+        """
+        [wechat]
+        token = abc123
+        appid = wxba5fad812f8e6fb9
+        appsecret = 0123456789abcdef
+        [server]
+        path = /hook/wx
+        max_age = 0
+        max_body = 65536
+        state_dir = /var/lib/elsewhere
+        [access_token]
+        endpoint = token
+        margin = 600
+        api_base = https://token.example.com:8443/proxy/
+        """.replace("        ", ""),
+    )
+    assert load(path, {}) == Config(
+        token="abc123",
+        appid="wxba5fad812f8e6fb9",
+        appsecret="0123456789abcdef",
+        path="/hook/wx",
+        max_age=0,
+        max_body=65536,
+        state_dir=Path("/var/lib/elsewhere"),
+        endpoint="token",
+        margin=600,
+        api_base="https://token.example.com:8443/proxy",
+    )
+
+
+def test_secrets_in_the_environment_win_unless_they_are_empty(tmp_path: Path) -> None:
+    path = ini(tmp_path, "[wechat]\ntoken = fromfile\nappid = wxfile\nappsecret = 1\n")
+    config = load(path, {"WX_TOKEN": "fromenv", "WX_APPID": "wxenv\r", "WX_APPSECRET": ""})
+    assert (config.token, config.appid, config.appsecret) == ("fromenv", "wxenv", "1")
+
+
+def test_wxserver_config_names_the_file_and_paths_are_relative_to_it(tmp_path: Path) -> None:
+    path = ini(tmp_path, "[server]\nstate_dir = here\n")
+    assert load(environ={"WXSERVER_CONFIG": str(path)}).state_dir == tmp_path / "here"
+
+
+def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
+    path = ini(tmp_path, b"\xef\xbb\xbf[wechat]\r\ntoken = abc123\r\n; \xe4\xbd\xa0\r\n")
+    assert load(path, {}).token == "abc123"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[wechat]\ntokens = a\n", "[wechat] tokens: unknown key; there are token, appid"),
+        ("[wx]\ntoken = a\n", "unknown section [wx]; there are wechat, server, access_token"),
+        ("[DEFAULT]\ntoken = a\n", "unknown section [DEFAULT]"),
+        ("[wechat]\ntoken = ab\n", "[wechat] token: must be 3 to 32 letters or digits"),
+        ("[wechat]\ntoken = a b c\n", "[wechat] token: must be 3 to 32"),
+        (f"[wechat]\ntoken = {'a' * 33}\n", "[wechat] token: must be 3 to 32"),
+        ("[wechat]\nappid = a b\n", "[wechat] appid: must be letters and digits"),
+        ("[wechat]\nappsecret = a%b\n", "[wechat] appsecret: must be letters and digits"),
+        ("[server]\npath = wx\n", "[server] path: 'wx': must be a path such as /wx"),
+        ("[server]\nmax_age = 5m\n", "[server] max_age: '5m': must be a whole number from 0"),
+        ("[server]\nmax_age = -1\n", "[server] max_age: '-1': must be a whole number from 0"),
+        ("[server]\nmax_body = 0\n", "[server] max_body: '0': must be a whole number from 1024"),
+        ("[server]\nstate_dir =\n", "[server] state_dir: '': must be a folder"),
+        ("[access_token]\nendpoint = x\n", "endpoint: 'x': must be stable_token or token"),
+        ("[access_token]\nmargin = 8000\n", "margin: '8000': must be a whole number from 0 to"),
+        ("[access_token]\napi_base = http://a.example\n", "api_base: 'http://a.example': must be"),
+        ("[access_token]\napi_base = http://localhost.example\n", "must be https://HOST"),
+        ("[wechat]\ntoken = abc\ntoken = abd\n", "[wechat] token is there twice"),
+        ("[wechat]\n[wechat]\n", "[wechat] is there twice"),
+        ("token = abc\n", "line 1 stands before any [section]"),
+        ("[wechat]\nabc\n", "line 2 is neither [section] nor key = value"),
+        ("[server]\npath = /你\n".encode("gbk"), "not UTF-8"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_says_where_and_what_is_allowed(
+    tmp_path: Path, text: str | bytes, error: str
+) -> None:
+    path = ini(tmp_path, text)
+    with pytest.raises(ConfigError, match=re.escape(error)) as caught:
+        load(path, {})
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["appsecret = s3cr!t", "s3cr!t", "[wechat\ns3cr!t"])
+def test_no_error_shows_a_secret(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(ini(tmp_path, f"[wechat]\n{line}\n"), {})
+    assert "s3cr!t" not in str(caught.value)
+    with pytest.raises(ConfigError, match="environment: WX_APPSECRET") as caught:
+        load(ini(tmp_path, ""), {"WX_APPSECRET": "s3cr!t"})
+    assert "s3cr!t" not in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.ini: No such file"):
+        load(tmp_path / "nothing.ini", {})
+
+
+def test_a_config_does_not_print_its_secrets() -> None:
+    shown = repr(Config(token="tttttt", appid="wxshown", appsecret="ssssss"))
+    assert "wxshown" in shown
+    assert "tttttt" not in shown
+    assert "ssssss" not in shown
+
+
+def test_the_readme_and_config_ini_explain_every_key() -> None:
+    readme, shipped = ((ROOT / name).read_text() for name in ("README.md", "config.ini"))
+    for section, keys in wxconfig._KEYS.items():
+        assert f"[{section}]" in readme
+        assert f"[{section}]" in shipped
+        for key in keys:
+            assert f"| `{key}` |" in readme
+            assert f"\n{key} =" in shipped
+
+
+def test_a_configured_token_is_used_and_nothing_is_written(tmp_path: Path) -> None:
+    config = Config(token="abc123", state_dir=tmp_path / "state")
+    assert callback_token(config) == "abc123"
+    assert not config.state_dir.exists()
+
+
+def test_a_made_token_is_kept_private_and_shown_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(state_dir=tmp_path / "new" / "state")
+    token = callback_token(config)
+    assert re.fullmatch("[0-9a-f]{32}", token)
+    assert caplog.text.count(token) == 1
+    assert "Token" in caplog.text
+    assert callback_token(config) == token
+    assert caplog.text.count(token) == 1
+    path = config.state_dir / "callback_token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(config.state_dir.stat().st_mode) == 0o700
+
+
+def test_processes_that_start_together_make_one_token(tmp_path: Path, run: Run) -> None:
+    script = (
+        "import sys, wxconfig, pathlib; sys.stdin.read(1);"
+        "print(wxconfig.callback_token(wxconfig.Config(state_dir=pathlib.Path(sys.argv[1]))))"
+    )
+    processes = [run("-c", script, str(tmp_path / "state")) for _ in range(8)]
+    outputs = [process.communicate("x") for process in processes]
+    assert len({token for token, _ in outputs}) == 1
+    assert sum("random one was made" in log for _, log in outputs) == 1
+
+
+def test_a_token_left_empty_by_a_crash_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "callback_token").touch()
+    assert re.fullmatch("[0-9a-f]{32}", callback_token(Config(state_dir=tmp_path)))
+
+
+def test_a_token_file_of_something_else_is_an_error_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "callback_token").write_text("my token!\n")
+    with pytest.raises(ConfigError, match="delete the file"):
+        callback_token(Config(state_dir=tmp_path))
+    assert (tmp_path / "callback_token").read_text() == "my token!\n"
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"\[server\] state_dir: .*callback_token"):
+        callback_token(Config(state_dir=tmp_path / "file"))
+    os.symlink(tmp_path / "file", tmp_path / "callback_token")
+    with pytest.raises(ConfigError, match=r"\[server\] state_dir"):
+        callback_token(Config(state_dir=tmp_path))

@@ -1,0 +1,251 @@
+"""XML in, XML out, and what the builders make."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from conftest import message_xml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import wxmessage
+from wxmessage import MessageError, answer, from_xml, to_xml
+
+MESSAGE = from_xml(message_xml())
+EVENT = MESSAGE | {"MsgType": "event", "Event": "CLICK", "EventKey": "menu1"}
+
+
+def test_every_field_of_a_message_is_read_cdata_or_bare() -> None:
+    assert from_xml(
+        b"<xml>\n <ToUserName><![CDATA[gh_1]]></ToUserName>\n<CreateTime>1714112445</CreateTime>"
+        b"<Content><![CDATA[a < b & c]]> &lt;d&gt; &#20320;</Content><New>kept</New><Empty/></xml>"
+    ) == {
+        "ToUserName": "gh_1",
+        "CreateTime": "1714112445",
+        "Content": "a < b & c <d> 你",
+        "New": "kept",
+        "Empty": "",
+    }
+
+
+def test_nested_elements_are_dicts_and_repeated_ones_lists() -> None:
+    assert from_xml(
+        b"<xml><SendPicsInfo><Count>2</Count><PicList>\n<item><PicMd5Sum>a</PicMd5Sum></item>"
+        b"<item><PicMd5Sum>b</PicMd5Sum></item><item>c</item></PicList></SendPicsInfo></xml>"
+    ) == {
+        "SendPicsInfo": {
+            "Count": "2",
+            "PicList": {"item": [{"PicMd5Sum": "a"}, {"PicMd5Sum": "b"}, "c"]},
+        }
+    }
+
+
+def test_white_space_that_a_follower_typed_is_kept() -> None:
+    assert from_xml(b"<xml><Content>  \n </Content></xml>") == {"Content": "  \n "}
+
+
+def test_a_doctype_inside_a_text_is_only_text() -> None:
+    assert from_xml(message_xml("<!DOCTYPE html>"))["Content"] == "<!DOCTYPE html>"
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "not well-formed"),
+        (b"hello", "not well-formed"),
+        (b"<xml><a></xml>", "not well-formed"),
+        (b"<xml></xml><xml></xml>", "not well-formed"),
+        (b"<xml>\x00</xml>", "not UTF-8"),
+        (b"<xml><a>&unknown;</a></xml>", "not well-formed"),
+        ("<xml><a>你</a></xml>".encode("gbk"), "not well-formed"),
+        ("<xml><a>b</a></xml>".encode("utf-16"), "not UTF-8"),
+        ("<xml><a>b</a></xml>".encode("utf-16-le"), "not UTF-8"),
+        (b'<?xml version="1.0" encoding="gbk"?><xml><a>b</a></xml>', "encoding"),
+        (b"<!DOCTYPE xml><xml><a>b</a></xml>", "DOCTYPE"),
+        (b'<!DOCTYPE x [<!ENTITY a "b">]><xml><a>&a;</a></xml>', "DOCTYPE"),
+        (b'<!DOCTYPE x SYSTEM "file:///etc/passwd"><xml/>', "DOCTYPE"),
+        (b"<html><MsgType>text</MsgType></html>", "root"),
+        (b"<xml>" + b"<a>" * 20 + b"</a>" * 20 + b"</xml>", "deeper"),
+        (b"<a>" * 300_000, "deeper"),
+    ],
+)
+def test_what_is_no_message_is_refused_with_the_reason(body: bytes, why: str) -> None:
+    with pytest.raises(MessageError, match=why):
+        from_xml(body)
+
+
+def test_the_reason_does_not_quote_the_message() -> None:
+    with pytest.raises(MessageError) as caught:
+        from_xml(b"<xml><Content>private</Contents></xml>")
+    assert "private" not in str(caught.value)
+    assert "Contents" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["ToUserName", "FromUserName", "MsgType"])
+@pytest.mark.parametrize("value", [None, "", {"a": "b"}, ["text", "text"]])
+def test_a_message_that_cannot_be_answered_is_refused(missing: str, value: Any) -> None:
+    wxmessage.check(MESSAGE)
+    with pytest.raises(MessageError, match=missing):
+        wxmessage.check(MESSAGE | {missing: value})
+
+
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,12}", fullmatch=True)
+xml_text = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\ufffe\uffff"), max_size=40
+).map(lambda text: "".join(c for c in text if c >= " " or c in "\t\n"))
+values = st.recursive(
+    xml_text,
+    lambda inner: st.one_of(
+        st.dictionaries(names, inner, min_size=1, max_size=4),
+        st.lists(
+            st.one_of(xml_text, st.dictionaries(names, xml_text, min_size=1, max_size=3)),
+            min_size=2,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(names, values, min_size=1, max_size=6))
+def test_what_is_written_is_read_back_the_same(message: dict[str, Any]) -> None:
+    assert from_xml(to_xml(message)) == message
+
+
+@given(st.text())
+def test_any_text_is_written_as_xml_less_what_xml_forbids(text: str) -> None:
+    allowed = "".join(
+        c
+        for c in text
+        if c in "\t\n\r" or " " <= c <= "\ud7ff" or "\ue000" <= c <= "\ufffd" or c >= "\U00010000"
+    )
+    read = from_xml(to_xml({"Content": text}))["Content"]
+    assert read == allowed.replace("\r\n", "\n").replace("\r", "\n")  # as every XML reader does
+
+
+@given(st.binary(max_size=300) | st.text(alphabet="<>/!&;[]xml?ABC \n").map(str.encode))
+def test_no_bytes_at_all_do_more_than_raise_message_error(body: bytes) -> None:
+    with contextlib.suppress(MessageError):
+        assert isinstance(from_xml(body), dict)
+
+
+def test_the_end_of_cdata_cannot_be_smuggled_past_a_dropped_character() -> None:
+    assert from_xml(to_xml({"Content": "]]\x00><b>", "Other": "]]>"})) == {
+        "Content": "]]><b>",
+        "Other": "]]>",
+    }
+
+
+def test_a_name_that_is_no_element_and_a_value_that_is_no_text_are_errors() -> None:
+    with pytest.raises(ValueError, match="'a b'"):
+        to_xml({"a b": "c"})
+    with pytest.raises(ValueError, match="name"):
+        to_xml({"ª": "c"})
+    for value in (None, 1.5, True, b"bytes"):
+        with pytest.raises(TypeError, match="Content is a"):
+            to_xml({"Content": value})
+
+
+def replied(reply: wxmessage.Reply, message: dict[str, Any] = MESSAGE) -> dict[str, Any]:
+    whole = answer(message, reply, 1714112446.9)
+    assert whole is not None
+    read = from_xml(to_xml(whole))
+    assert read.pop("ToUserName") == message["FromUserName"]
+    assert read.pop("FromUserName") == message["ToUserName"]
+    assert read.pop("CreateTime") == "1714112446"
+    return read
+
+
+def test_the_official_reply_of_every_kind() -> None:
+    assert replied("hi") == replied(wxmessage.text("hi")) == {"MsgType": "text", "Content": "hi"}
+    assert replied(wxmessage.image("m1")) == {"MsgType": "image", "Image": {"MediaId": "m1"}}
+    assert replied(wxmessage.voice("m1")) == {"MsgType": "voice", "Voice": {"MediaId": "m1"}}
+    assert replied(wxmessage.video("m1")) == {"MsgType": "video", "Video": {"MediaId": "m1"}}
+    assert replied(wxmessage.video("m1", "t", "d")) == {
+        "MsgType": "video",
+        "Video": {"MediaId": "m1", "Title": "t", "Description": "d"},
+    }
+    assert replied(wxmessage.music("m1")) == {"MsgType": "music", "Music": {"ThumbMediaId": "m1"}}
+    assert replied(wxmessage.music("m1", "u", "t", "d", "hq")) == {
+        "MsgType": "music",
+        "Music": {
+            "Title": "t",
+            "Description": "d",
+            "MusicUrl": "u",
+            "HQMusicUrl": "hq",
+            "ThumbMediaId": "m1",
+        },
+    }
+    article = {"Title": "t", "Description": "d", "PicUrl": "p", "Url": "u"}
+    assert replied(wxmessage.news([article])) == {
+        "MsgType": "news",
+        "ArticleCount": "1",
+        "Articles": {"item": article},
+    }
+    assert replied(wxmessage.transfer_customer_service()) == {
+        "MsgType": "transfer_customer_service"
+    }
+    assert replied(wxmessage.transfer_customer_service("a@b")) == {
+        "MsgType": "transfer_customer_service",
+        "TransInfo": {"KfAccount": "a@b"},
+    }
+
+
+def test_numbers_stand_bare_and_text_in_cdata() -> None:
+    whole = answer(MESSAGE, wxmessage.news([{"Title": "t"}]), 1.0)
+    assert whole is not None
+    assert b"<ArticleCount>1</ArticleCount>" in to_xml(whole)
+    assert b"<CreateTime>1</CreateTime>" in to_xml(whole)
+    assert b"<Title><![CDATA[t]]></Title>" in to_xml(whole)
+
+
+def test_eight_articles_answer_an_event_and_one_a_message() -> None:
+    eight = wxmessage.news([{"Title": str(n)} for n in range(8)])
+    assert len(replied(eight, EVENT)["Articles"]["item"]) == 8
+    with pytest.raises(ValueError, match="8 articles: the answer to a message may have one"):
+        answer(MESSAGE, eight, 0)
+    for count in (0, 9):
+        with pytest.raises(ValueError, match=f"{count} articles: a news reply has 1 to 8"):
+            wxmessage.news([{"Title": "t"}] * count)
+
+
+@pytest.mark.parametrize("reply", [None, ""])
+def test_none_and_an_empty_text_are_no_reply(reply: wxmessage.Reply) -> None:
+    assert answer(MESSAGE, reply, 0) is None
+
+
+@pytest.mark.parametrize("reply", [7, b"bytes", ["a"], object()])
+def test_a_reply_of_another_type_is_a_clear_error(reply: Any) -> None:
+    with pytest.raises(TypeError, match=r"reply\(\) returned a"):
+        answer(MESSAGE, reply, 0)
+
+
+@pytest.mark.parametrize("reply", [{}, {"Content": "x"}, {"MsgType": ""}, {"MsgType": 1}])
+def test_a_reply_without_msgtype_is_a_clear_error(reply: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no MsgType"):
+        answer(MESSAGE, reply, 0)
+
+
+@pytest.mark.parametrize("character", ["a", "é", "你", "😀"])
+@pytest.mark.parametrize("shift", range(4))
+def test_a_long_text_is_cut_between_characters_and_says_so(character: str, shift: int) -> None:
+    content = "a" * shift + character * 2100
+    sent = replied(content)["Content"]
+    size = len(sent.encode())
+    assert sent.endswith("…")
+    assert content.startswith(sent[:-1])
+    assert 2048 - len(character.encode()) < size <= 2048
+
+
+def test_a_text_of_exactly_the_limit_is_left_alone() -> None:
+    assert replied("a" * 2048)["Content"] == "a" * 2048
+    assert replied({"MsgType": "text", "Content": "a" * 2049})["Content"] == "a" * 2045 + "…"
+
+
+@given(st.text(max_size=3000))
+def test_no_text_is_too_long_or_breaks_the_reply(content: str) -> None:
+    whole = answer(MESSAGE, wxmessage.text(content), 0)
+    assert whole is not None
+    assert len(from_xml(to_xml(whole))["Content"].encode()) <= 2048
