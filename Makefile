@@ -24,3 +24,16 @@ lint: install
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
+
+bench: install
+	$(bin)/python bench/bench.py
+
+# The peers have a venv of their own: nothing of theirs is needed to run or to develop.
+bench-peers: install .venv-peers/installed
+	$(bin)/python bench/bench.py --peers .venv-peers/bin/gunicorn
+
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check \
+		'gunicorn>=22' WeRoBot 'wechatpy[cryptography]' Flask
+	@touch $@

@@ -39,6 +39,6 @@ def on_starting(_server: Any) -> None:
     import wxconfig
 
     try:
-        wxconfig.load()
+        wxconfig.callback_token(wxconfig.load())
     except wxconfig.ConfigError as error:
         sys.exit(f"wxserver: {error}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,23 +64,26 @@ Run = Callable[..., Any]  # a Popen whose pipes are all there
 
 @pytest.fixture
 def run() -> Iterator[Run]:
-    """Start Python processes that are gone when the test is, whatever happens."""
+    """Start Python processes that are gone, with their children, when the test is."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str, env: dict[str, str] | None = None) -> Any:
+    def start(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> Any:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN"))}
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**clean, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with log.open("wb") if log else contextlib.nullcontext(subprocess.PIPE) as output:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**clean, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+            )
         processes.append(process)
         return process
 
     yield start
     for process in processes:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

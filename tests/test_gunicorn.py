@@ -1,0 +1,274 @@
+"""The real server: gunicorn with the shipped settings, several workers, real HTTP, real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Run, message_xml, signed
+
+from wxmessage import from_xml
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Any, seconds: float = 15) -> Any:
+    """Return what ``condition`` returns as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+class Server:
+    """A running server, its log, and WeChat's way of talking to it."""
+
+    def __init__(self, run: Run, folder: Path, *arguments: str, **env: str) -> None:
+        self.folder, self.port = folder, free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.config = folder / "config.ini"
+        if not self.config.exists():
+            self.config.write_text("")
+        env = {"WXSERVER_CONFIG": str(self.config), "PYTHONPATH": f"{folder}:{ROOT}", **env}
+        arguments = tuple(argument.format(port=self.port) for argument in arguments)
+        self.process = run(*arguments, env=env, log=folder / "log")
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def ready(self) -> Server:
+        def connects() -> bool:
+            assert self.process.poll() is None, self.log
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+        until(connects)
+        return self
+
+    def workers(self) -> set[int]:
+        return {int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", self.log)}
+
+    def token(self) -> str:
+        path = self.folder / "state" / "callback_token"
+        return str(until(lambda: path.exists() and path.read_text().strip()))
+
+    def ask(self, body: bytes | None = None, path: str = "/wx", **more: str) -> tuple[int, bytes]:
+        query = signed(self.token(), int(time.time()), **more)
+        try:
+            with urllib.request.urlopen(f"{self.base}{path}?{query}", body, timeout=10) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def raw(self, request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def gunicorn(run: Run, folder: Path, module: str = "wxserver", **env: str) -> Server:
+    arguments = ("-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-b", "127.0.0.1:{port}")
+    return Server(run, folder, *arguments, module, **env)
+
+
+@pytest.fixture
+def server(run: Run, tmp_path: Path) -> Iterator[Server]:
+    running = gunicorn(run, tmp_path, WEB_CONCURRENCY="3").ready()
+    yield running
+    assert "Traceback" not in running.log
+    assert " 500 " not in running.log
+
+
+def test_a_first_start_makes_one_token_for_all_workers_and_shows_it_once(server: Server) -> None:
+    token = server.token()
+    until(lambda: len(server.workers()) == 3)
+    for number in range(20):
+        assert server.ask(echostr=str(number)) == (200, str(number).encode())
+    assert server.log.count(token) == 1
+
+
+def test_a_message_is_echoed(server: Server) -> None:
+    status, body = server.ask(message_xml("你好"), openid="o1")
+    assert status == 200
+    assert from_xml(body)["Content"] == "你好"
+
+
+def test_many_at_once_each_get_their_own_answer(server: Server) -> None:
+    server.token()
+
+    def ask(number: int) -> str:
+        _, body = server.ask(message_xml(f"message {number}"))
+        return str(from_xml(body)["Content"])
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(200))) == [f"message {number}" for number in range(200)]
+
+
+def test_the_log_has_no_signature_openid_echostr_or_text(server: Server) -> None:
+    assert server.ask(echostr="4375120948345356249")[0] == 200
+    assert server.ask(message_xml("private words"), openid="oPrivate")[0] == 200
+    assert server.ask(path="/elsewhere")[0] == 404
+    until(lambda: " GET 200 " in server.log and " POST 200 " in server.log)
+    for secret in ("signature=", "nonce", "4375120948345356249", "oPrivate", "private words"):
+        assert secret not in server.log
+    assert "'/elsewhere' was asked for; the callback is at '/wx'" in server.log
+
+
+def chunked(server: Server, body: bytes) -> bytes:
+    query = signed(server.token(), int(time.time()))
+    head = f"POST /wx?{query} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    return server.raw(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+
+
+def test_a_chunked_message_is_answered(server: Server) -> None:
+    body = message_xml("in pieces")
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (body[:50], body[50:]))
+    assert b"in pieces" in chunked(server, pieces + b"0\r\n\r\n")
+
+
+def test_broken_http_is_refused_without_a_500_or_a_traceback(server: Server) -> None:
+    query = signed(server.token(), int(time.time())).encode()
+    assert chunked(server, b"zz\r\n").startswith(b"HTTP/1.1 400")
+    assert not chunked(server, b"5\r\nab").startswith(b"HTTP/1.1 5")
+    for length in (b"10", b"2000000", b"-5", b"abc"):
+        head = b"POST /wx?" + query + b" HTTP/1.1\r\nHost: a\r\nContent-Length: " + length
+        answer = server.raw(head + b"\r\n\r\nshort")
+        expected = b"HTTP/1.1 413" if length == b"2000000" else b"HTTP/1.1 400"
+        assert answer.startswith(expected), (length, answer)
+    for request in (
+        b"GET /wx?%00%ff\xe4&&&=&signature HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /%0d%0aSet-Cookie:a HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"BREW /wx HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"\0\0\0\0\r\n\r\n",
+        b"GET /wx",
+    ):
+        answer = server.raw(request)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), (request, answer)
+    assert server.ask(echostr="1") == (200, b"1")
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(server: Server) -> None:
+    token = server.token()
+    before = until(lambda: len(server.workers()) == 3 and server.workers())
+    os.kill(min(before), signal.SIGKILL)
+    until(lambda: len(server.workers()) == 4)
+    for number in range(20):
+        assert server.ask(echostr=str(number)) == (200, str(number).encode())
+    assert server.token() == token
+
+
+OWN_ENTRY_POINT = """
+import time
+import wxconfig
+from wxserver import create_application
+
+def reply(message):
+    if message["Content"] == "slow":
+        time.sleep(1)
+    return "{version} " + message["Content"]
+
+application = create_application(wxconfig.load(), reply)
+"""
+
+
+def test_slow_replies_do_not_hold_up_the_others(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_ENTRY_POINT.format(version="v1"))
+    server = gunicorn(run, tmp_path, "mine", WEB_CONCURRENCY="1").ready()
+    server.token()
+    with ThreadPoolExecutor(20) as pool:
+        slow = [pool.submit(server.ask, message_xml("slow")) for _ in range(20)]
+        until(lambda: any(future.running() for future in slow))
+        assert b"v1 fast" in server.ask(message_xml("fast"))[1]
+        assert not all(future.done() for future in slow)
+        assert all(b"v1 slow" in future.result()[1] for future in slow)
+
+
+def test_hup_takes_up_a_changed_reply_without_losing_a_message(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_ENTRY_POINT.format(version="v1"))
+    server = gunicorn(run, tmp_path, "mine", PYTHONDONTWRITEBYTECODE="1").ready()
+    server.token()
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(server.ask, message_xml("slow"))
+        time.sleep(0.3)
+        (tmp_path / "mine.py").write_text(OWN_ENTRY_POINT.format(version="v2"))
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: b"v2 fast" in server.ask(message_xml("fast"))[1])
+        assert b"v1 slow" in slow.result()[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ("[server]\nmax_age = soon\n", "[server] max_age: 'soon': must be a whole number"),
+        ("[wechat]\ntokn = a\n", "[wechat] tokn: unknown key"),
+        ("[server]\nstate_dir = /proc/nowhere\n", "[server] state_dir: /proc/nowhere"),
+    ],
+)
+def test_a_wrong_config_stops_the_start_with_one_line(
+    run: Run, tmp_path: Path, config: str, error: str
+) -> None:
+    (tmp_path / "config.ini").write_text(config)
+    server = gunicorn(run, tmp_path)
+    assert server.process.wait(timeout=15) != 0
+    assert error in server.log
+    assert "Traceback" not in server.log
+    assert len([line for line in server.log.splitlines() if "INFO" not in line]) == 1
+
+
+def test_it_stops_at_once_when_told_and_leaves_only_its_token(server: Server) -> None:
+    server.token()
+    server.process.terminate()
+    assert server.process.wait(timeout=10) == 0
+    assert sorted(os.listdir(server.folder)) == ["config.ini", "log", "state"]
+    assert os.listdir(server.folder / "state") == ["callback_token"]
+
+
+def test_a_first_look_needs_the_standard_library_alone(run: Run, tmp_path: Path) -> None:
+    server = Server(run, tmp_path, "-S", str(ROOT / "wxserver.py"), "--port", "{port}").ready()
+    assert server.ask(echostr="4375120948345356249") == (200, b"4375120948345356249")
+    assert b"hello" in server.ask(message_xml("hello"))[1]
+    assert "signature=" not in server.log
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [("[wechat]\ntoken = a\n", "wxserver: "), ("", "Address already in use")],
+)
+def test_a_first_look_that_cannot_start_says_why(
+    run: Run, tmp_path: Path, config: str, error: str
+) -> None:
+    (tmp_path / "config.ini").write_text(config)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        server = Server(run, tmp_path, str(ROOT / "wxserver.py"), "--port", port)
+        assert server.process.wait(timeout=15) == 1
+    assert error in server.log
+    assert "Traceback" not in server.log
+
+
+def test_what_is_not_turned_on_is_not_imported(run: Run) -> None:
+    out, _ = run("-c", "import wxserver, sys; print(*sys.modules)").communicate()
+    loaded = set(out.split())
+    assert "wxmessage" in loaded
+    assert not loaded & {"token_store", "wxapi", "urllib.request", "wsgiref", "argparse", "ssl"}
