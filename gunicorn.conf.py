@@ -9,8 +9,10 @@ import sys
 from typing import Any
 
 # Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
-# on a database or another API; a thread that waits costs some 100 KB and no CPU.
-workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
+# on a database or another API. A client that sends its request slowly holds a thread as well, which
+# is why nginx, who waits for the whole of it, stands in front, and gunicorn listens on 127.0.0.1.
+if "WEB_CONCURRENCY" not in os.environ:
+    workers = 2
 worker_class = "gthread"
 threads = 32
 
@@ -21,10 +23,13 @@ if os.path.isdir("/dev/shm"):
 # Nobody steers this server over a socket. systemctl and signals do.
 control_socket_disable = True
 
-# One line a request. Not the query: it has the signature and the follower's OpenID. Not the path,
-# which anybody may fill with anything: the log of wxserver names one that is not the callback's.
+# No request may say under which path this is mounted; gunicorn would believe whoever is local.
+forwarder_headers = ""
+
+# One line a request, of what no stranger can fill with anything: not the query, which has the
+# signature and the follower's OpenID, not the path, no header. nginx logs the address.
 accesslog = "-"
-access_log_format = '%(t)s [%(p)s] %(h)s "%({x-forwarded-for}i)s" %(m)s %(s)s %(B)s bytes %(M)s ms'
+access_log_format = "%(t)s [%(p)s] %(h)s %(m)s %(s)s %(B)s bytes %(M)s ms"
 
 # The server's own log lines, in the form of gunicorn's.
 logging.basicConfig(

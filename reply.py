@@ -17,9 +17,9 @@ def reply(message: Message) -> Reply:
             return image(media_id)
         case {"MsgType": "voice", "MediaId": str(media_id)}:
             return voice(media_id)
-        case {"MsgType": "location", "Location_X": latitude, "Location_Y": longitude}:
-            return f"You are at latitude {latitude}, longitude {longitude}."
-        case {"MsgType": "link", "Title": title}:
+        case {"MsgType": "location", "Location_X": str(x), "Location_Y": str(y)}:
+            return f"You are at latitude {x}, longitude {y}."
+        case {"MsgType": "link", "Title": str(title)}:
             return f"Thank you for the link: {title}"
         case {"MsgType": "event", "Event": "subscribe"}:
             return "Welcome! Send me a text, a picture or a voice message and I will send it back."

@@ -15,35 +15,41 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import http.client
 import json
 import logging
 import math
 import os
+import queue
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from io import BufferedWriter
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 if TYPE_CHECKING:
     from wxconfig import Config
 
-TIMEOUT = 5.0  # seconds for WeChat to connect, to begin its answer, and to finish it
-PATIENCE = 15.0  # seconds to wait for the process that fetches
+TIMEOUT = 5.0  # seconds for all of an exchange with WeChat
+PATIENCE = 15.0  # seconds to wait for whoever fetches: two exchanges, and some
 POLL = 0.02  # seconds between two looks at the lock: flock itself knows no time limit
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds to leave WeChat alone after a failure, doubling
-FORCE_APART = 30.0  # seconds between two uses of force_refresh, the platform's own rule
+REFUSED_APART = 30.0  # seconds between two refused tokens; the platform's rule for force_refresh
 LONGEST_LIFE = 7200  # seconds, the platform's bound for expires_in
 CLOCK_STEP = 60.0  # seconds that a clock set back may hide of a token's age
-ROOM = 8192  # bytes the file may take; a token needs 512
+ROOM = 8192  # bytes the file takes; a token needs 512
 LARGEST_ANSWER = 4 * 1048576  # bytes; a list of 10,000 followers takes 0.3 MB
 
+_TOKEN = re.compile("[!-~]{1,1024}")
+_WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+# Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
+_uptime = functools.partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)
 log = logging.getLogger("token_store")
 
 
@@ -67,23 +73,15 @@ class _State:
     """What the file holds. Moments are Unix seconds, but ``uptime``, read with ``fetched_at``."""
 
     appid: str
-    access_token: str = ""
+    access_token: str = field(default="", repr=False)
     expires_in: int = 0
     fetched_at: float = 0.0
     uptime: float = 0.0
-    forced_at: float = 0.0
+    refused_at: float = 0.0
     failure: str = ""
     errcode: int | None = None
     wait: float = 0.0
     retry_at: float = 0.0
-
-
-# Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
-_UPTIME_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def _uptime() -> float:
-    return time.clock_gettime(_UPTIME_CLOCK)
 
 
 class TokenStore:
@@ -120,7 +118,7 @@ class TokenStore:
         if endpoint not in ("stable_token", "token"):
             raise ValueError("endpoint must be stable_token or token")
         self._path = os.path.abspath(path)
-        self._appsecret, self._endpoint, self._margin = appsecret, endpoint, margin
+        self._appsecret, self._endpoint, self._margin = appsecret, endpoint, max(margin, 0)
         self._api_base, self._clock, self._uptime = api_base, clock, uptime
         self._nothing = _State(appid)
         self._cache: tuple[object, _State] = (None, self._nothing)
@@ -142,7 +140,8 @@ class TokenStore:
         Whoever says so first causes a fetch; all who say it later get what that fetch brought.
 
         Raises:
-            TokenError: there is none, and none can be had now.
+            TokenError: none can be had now, or WeChat refused another one within
+                ``REFUSED_APART``; ``get`` still gives the old one as long as it should live.
         """
         return self._renew(stale)
 
@@ -170,11 +169,10 @@ class TokenStore:
 
     def _left(self, state: _State) -> float:
         """Return the seconds that the token still lives, 0 when nobody can know."""
-        age = self._clock() - state.fetched_at
-        if age < -CLOCK_STEP:
+        age, up = self._clock() - state.fetched_at, self._uptime() - state.uptime
+        if age < -CLOCK_STEP or up < 0:  # the clock was set back, or the machine started anew
             return 0.0
-        # Each clock can miss a part: the wall clock is set back, the machine starts anew.
-        return state.expires_in - max(age, self._uptime() - state.uptime)
+        return state.expires_in - max(age, up)
 
     def _is_fresh(self, state: _State, left: float) -> bool:
         # Half of its life at least, or a short-lived token would be fetched at every call.
@@ -187,36 +185,39 @@ class TokenStore:
 
     def _try_fetch(self, state: _State, stale: str) -> _State | None:
         """Fetch a token, or note the failure. None: somebody else is at it, or was quicker."""
-        fetched = state
+        fetched, key = state, self._cache[0]
         try:
             with self._lock() as locked:
                 if not locked or self._read() != state:
                     return None
-                with self._successor() as file:
-                    fetched = self._fetch(state, stale)
-                    self._replace(file, fetched)
+                self._write(state)  # proves room and rights before WeChat is asked and a token dies
+                key = self._key()
+                fetched = self._fetch(state, stale)
+                self._write(fetched)
         except OSError as error:
-            failure = f"cannot write {self._path}: {error.strerror}"
+            failure = f"cannot write {error.filename or self._path}: {error.strerror}"
             if fetched is state:
                 fetched = self._failed(state, ApiError(failure))
             else:
                 log.error("%s; what was fetched is known to this process alone", failure)
-            self._cache = (self._key(), fetched)
+            self._cache = (key, fetched)
         return fetched
 
     def _fetch(self, state: _State, stale: str) -> _State:
         now, uptime = self._clock(), self._uptime()  # a token's life begins before it arrives
-        forced_at = state.forced_at
+        refused_at = state.refused_at
         try:
+            if stale and stale == state.access_token:
+                if abs(now - refused_at) < REFUSED_APART:
+                    raise ApiError("WeChat refuses the tokens it gives; " + ADVICE[40001], 40001)
+                refused_at = now
             token, expires_in = self._ask()
-            # stable_token gives the same token again; if that one is no good, force another.
-            if token == stale and abs(now - forced_at) > FORCE_APART:
+            if token == stale:  # stable_token gives the same one again, unless it is forced
                 token, expires_in = self._ask(force_refresh=True)
-                forced_at = now
         except ApiError as error:
-            return self._failed(state, error)
+            return self._failed(replace(state, refused_at=refused_at), error)
         log.info("fetched an access_token, good for %d s", expires_in)
-        return _State(state.appid, token, expires_in, now, uptime, forced_at)
+        return _State(state.appid, token, expires_in, now, uptime, refused_at)
 
     def _failed(self, state: _State, error: ApiError) -> _State:
         wait = min(max(FIRST_WAIT, state.wait * 2), LONGEST_WAIT)
@@ -241,7 +242,7 @@ class TokenStore:
         else:
             answer = fetch_json(url, {**fields, **force}, self._appsecret)
         token, expires_in = answer.get("access_token"), answer.get("expires_in")
-        if not isinstance(token, str) or not re.fullmatch("[!-~]{1,1024}", token):
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise ApiError("WeChat's answer has no access_token")
         if type(expires_in) is not int or expires_in <= 0:
             raise ApiError("WeChat's answer has an access_token, but not how long it lives")
@@ -252,33 +253,27 @@ class TokenStore:
         """Try once for the lock, which dies with its holder; tell whether this process has it."""
         os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
         # A file of its own, never unlinked: else two processes could lock two files of one name.
-        with _open(self._path + ".lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = os.open(self._path + ".lock", _WRITE | os.O_CREAT, 0o600)
+        try:
+            locked = False
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
-            except BlockingIOError:
-                locked = False
             yield locked
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
+            os.close(fd)
 
-    @contextlib.contextmanager
-    def _successor(self) -> Iterator[BufferedWriter]:
-        """Open the file's successor and prove its room before WeChat is asked and a token dies.
-
-        It always has the same name, so that the leftover of a killed process is taken over.
-        """
-        with _open(self._path + ".new") as file:
-            file.write(b" " * ROOM)
+    def _write(self, state: _State) -> None:
+        """Replace the file: whole, safe from a power loss, and always of the same size."""
+        successor = self._path + ".new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(successor)  # the leftover of a process that was killed
+        with open(os.open(successor, _WRITE | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(json.dumps(asdict(state)).encode().ljust(ROOM))
             file.flush()
             os.fsync(file.fileno())
-            yield file
-
-    def _replace(self, file: BufferedWriter, state: _State) -> None:
-        file.seek(0)
-        file.write(json.dumps(asdict(state)).encode())
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(self._path + ".new", self._path)
+        os.replace(successor, self._path)
 
     def _read(self) -> _State:
         """Return what the file holds. It is only ever replaced whole, so this needs no lock."""
@@ -300,40 +295,26 @@ class TokenStore:
         try:
             with open(self._path, "rb") as file:
                 state = _State(**json.loads(file.read(ROOM)))
-            numbers = (state.fetched_at, state.uptime, state.forced_at, state.wait, state.retry_at)
+            token, life = state.access_token, state.expires_in
+            numbers = (state.fetched_at, state.uptime, state.refused_at, state.wait, state.retry_at)
             if (
                 state.appid == self._nothing.appid
-                and re.fullmatch("[!-~]{0,1024}", state.access_token)
                 and (
-                    0 < state.expires_in <= LONGEST_LIFE
-                    if state.access_token
-                    else not state.expires_in
+                    (_TOKEN.fullmatch(token) and 0 < life <= LONGEST_LIFE)
+                    or (token, life) == ("", 0)
                 )
                 and all(map(math.isfinite, numbers))
+                and isinstance(state.failure, str)
             ):
                 return state
-        except (OSError, ValueError, TypeError, ArithmeticError, RecursionError):
+        except FileNotFoundError:
+            return self._nothing
+        except OSError as error:  # it may hold a good token all the same
+            raise TokenError(f"cannot read {self._path}: {error.strerror}") from None
+        except (ValueError, TypeError, ArithmeticError, RecursionError):
             pass
         log.warning("%s holds no token of this account; taken as empty", self._path)
         return self._nothing
-
-
-def _open(path: str) -> BufferedWriter:
-    """Open a file of the owner's alone for writing, as it is: not emptied, not through a link."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    return open(fd, "wb")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The AppSecret and the token go nowhere else; WeChat's API never redirects."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-@functools.cache
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_NoRedirect)
 
 
 def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[str, Any]:
@@ -345,30 +326,30 @@ def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[st
         secret: what must not stand in an error, whoever wrote it there.
 
     Raises:
-        ApiError: an errcode; or nothing, an HTTP error or no JSON object came back in time.
+        ApiError: an errcode; or nothing, an HTTP error or no JSON object in ``TIMEOUT`` seconds.
     """
-    # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \\u escapes.
-    data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    host = urlsplit(url).netloc
-    give_up = time.monotonic() + TIMEOUT
-    body, answer = b"", None
+    host = url.partition("://")[2].partition("/")[0]
+    results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    # A thread, for neither DNS nor a dripping server heeds a socket's timeout.
+    threading.Thread(target=_exchange, args=(url, payload, results), daemon=True).start()
     try:
-        with _opener().open(request, timeout=TIMEOUT) as response:
-            while chunk := response.read1(65536):
-                body += chunk
-                if time.monotonic() > give_up or len(body) > LARGEST_ANSWER:
-                    raise TimeoutError("the answer does not end")
-    except (OSError, http.client.HTTPException) as error:
-        why = getattr(error, "reason", None) or error
-        if isinstance(error, urllib.error.HTTPError):
-            why = f"HTTP status {error.code}"
-        raise ApiError(f"no answer from {host}: {_line(why, secret)}") from None
+        result = results.get(timeout=TIMEOUT)
+    except queue.Empty:
+        result = TimeoutError(f"timed out after {TIMEOUT:.0f} s")
+    if isinstance(result, Exception):
+        why = getattr(result, "reason", None) or result
+        if isinstance(result, urllib.error.HTTPError):
+            why = f"HTTP status {result.code}"
+        elif isinstance(result, ValueError):
+            why = type(result).__name__  # its text quotes the URL
+        raise ApiError(f"no answer from {host}: {_line(why, secret)}")
+    answer = None
     with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(body)
-    if not isinstance(answer, dict) or type(answer.get("errcode", 0)) is not int:
+        answer = json.loads(result)
+    errcode = answer.get("errcode", 0) if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or type(errcode) is not int or abs(errcode) > 10**9:
         raise ApiError(f"{host} answered with something else than WeChat's JSON")
-    if errcode := answer.get("errcode"):
+    if errcode:
         errmsg = _line(answer.get("errmsg"), secret)
         ip = re.search(r"[0-9]+(\.[0-9]+){3}", errmsg)
         advice = ADVICE.get(errcode, "its meaning is in WeChat's 全局返回码")
@@ -377,22 +358,50 @@ def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[st
     return answer
 
 
+def _exchange(
+    url: str, payload: dict[str, Any] | None, results: queue.SimpleQueue[bytes | Exception]
+) -> None:
+    try:
+        # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \\u escapes.
+        data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with _opener().open(request, timeout=TIMEOUT) as response:
+            results.put(response.read(LARGEST_ANSWER))
+    except Exception as error:  # noqa: BLE001  the caller sorts them out
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        results.put(error)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener of http(s) that follows no redirect: the secrets go nowhere else."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
 def _line(text: object, secret: str) -> str:
-    return " ".join(str(text).replace(secret, "***").split())[:200]
+    """Return the text as one line that can be logged, without the secret."""
+    shown = str(text).replace(secret, "***")
+    return " ".join("".join(c if c.isprintable() else " " for c in shown).split())[:200]
 
 
 ADVICE = {
     -1: "WeChat is busy; try again later",
-    40001: "check [wechat] appsecret; or the access_token is not the latest, because something"
-    " else fetches tokens for this account",
+    40001: "check [wechat] appsecret; or something else fetches tokens for this account",
     40013: "check [wechat] appid",
-    40014: "the access_token is invalid",
     40125: "check [wechat] appsecret, or reset it in the console",
     40164: "add {ip} to the account's IP whitelist: 设置与开发 → 基本配置 → IP白名单",
     40243: "the AppSecret is frozen; unfreeze it in the console",
-    41002: "set [wechat] appid",
-    41004: "set [wechat] appsecret",
-    42001: "the access_token has expired",
     43002: "this call needs a body to POST",
     45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
     45011: "too many calls in this minute; slow down",
@@ -426,8 +435,10 @@ def main() -> None:
     """Print a valid access_token of the account of config.ini, and nothing else."""
     import argparse
 
-    import wxconfig
-
+    try:
+        import wxconfig
+    except ModuleNotFoundError:
+        sys.exit("token_store: the command needs wxconfig.py; the class TokenStore does not")
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     try:
         print(from_config(wxconfig.load()).get())

@@ -10,18 +10,18 @@ mean is in token_store.ADVICE, which has to work without this file.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 import token_store
-from token_store import ApiError, TokenStore
+from token_store import ApiError as ApiError
+from token_store import TokenStore
 
 if TYPE_CHECKING:
     from wxconfig import Config
-
-__all__ = ["Api", "ApiError", "from_config"]
 
 ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
 
@@ -59,7 +59,9 @@ class Api:
         return self._ask(path, body, self._store.refresh(token))
 
     def _ask(self, path: str, body: dict[str, Any] | None, token: str) -> dict[str, Any]:
-        path = quote(path if path.startswith("/") else f"/cgi-bin/{path}", safe="/?&=%+,:@")
+        path = quote(
+            path if path.startswith("/") else f"/cgi-bin/{path}", safe="/?&=%+,:@", errors="replace"
+        )
         url = f"{self._api_base}{path}{'&' if '?' in path else '?'}"
         return token_store.fetch_json(url + urlencode({"access_token": token}), body, token)
 
@@ -90,7 +92,7 @@ def main() -> None:
     if arguments.body is not None:
         try:
             body = json.loads(arguments.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             parser.error(f"the body is not JSON: {error}")
         if not isinstance(body, dict):
             parser.error("the body is not a JSON object")
@@ -98,6 +100,8 @@ def main() -> None:
         answer = from_config(wxconfig.load()).call(arguments.path, body)
     except (ApiError, wxconfig.ConfigError) as error:
         sys.exit(f"wxapi: {error}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     print(json.dumps(answer, ensure_ascii=False, indent=2))
 
 

@@ -39,7 +39,7 @@ class Config:
 
 def _text(pattern: str, allowed: str) -> Callable[[str], str]:
     def convert(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+        if not re.fullmatch(pattern, value, re.ASCII):
             raise ValueError(allowed)
         return value
 
@@ -57,7 +57,7 @@ def _number(least: int, most: int) -> Callable[[str], int]:
 
 TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
 # An AppSecret travels in what is sent there, so plain http is for this machine alone.
-_API_BASE = r"https://[\w.:\[\]-]+[\w./-]*|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?"
+_API_BASE = r"https://[\w.-]+(:[0-9]{1,5})?(/[\w.-]+)*/?|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?/?"
 
 _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
     "wechat": {
@@ -69,7 +69,7 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "path": _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #"),
         "max_age": _number(0, 86400),
         "max_body": _number(1024, 64 * 1048576),
-        "state_dir": _text(".+", "a folder"),
+        "state_dir": _text(r"(?!.*\s[;#])[^\0]+", "a folder; a comment has a line of its own"),
     },
     "access_token": {
         "endpoint": _text("stable_token|token", "stable_token or token"),
@@ -176,7 +176,8 @@ def callback_token(config: Config) -> str:
                     token,
                 )
     except OSError as error:
-        raise ConfigError(f"[server] state_dir: {path}: {error.strerror}") from None
+        raise ConfigError(f"[server] state_dir: {path}: {error.strerror or error}") from None
     if not re.fullmatch(TOKEN, token):
-        raise ConfigError(f"{path}: no Token of 3 to 32 letters or digits; delete the file")
+        what = "must hold a Token of 3 to 32 letters or digits; delete it, and another is made"
+        raise ConfigError(f"[server] state_dir: {path} {what}")
     return token

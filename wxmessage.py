@@ -27,7 +27,7 @@ class MessageError(ValueError):
 
 
 def from_xml(body: bytes) -> Message:
-    """Read ``<xml>…</xml>`` in UTF-8 into a dict; the inverse of ``to_xml``.
+    """Read ``<xml>…</xml>`` in UTF-8 into a dict.
 
     Attributes, and text beside child elements, are dropped; WeChat sends neither.
 
@@ -64,6 +64,7 @@ def from_xml(body: bytes) -> Message:
         raise MessageError("a DOCTYPE is not allowed")
 
     parser = expat.ParserCreate("UTF-8")
+    parser.buffer_text = True
     parser.StartElementHandler = start
     parser.EndElementHandler = end
     parser.CharacterDataHandler = chunks.append
@@ -80,9 +81,10 @@ def from_xml(body: bytes) -> Message:
 
 
 def to_xml(message: Message) -> bytes:
-    """Write a dict as ``<xml>…</xml>`` in UTF-8; the inverse of ``from_xml``.
+    """Write a dict as ``<xml>…</xml>`` in UTF-8; ``from_xml`` reads the same dict back.
 
-    A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped.
+    A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped. What XML
+    cannot tell apart is read as the simpler: an empty dict as "", a list of one as its item.
 
     Raises:
         ValueError: a key that cannot be the name of an element.
@@ -94,11 +96,13 @@ def to_xml(message: Message) -> bytes:
 def _elements(fields: Message) -> str:
     parts: list[str] = []
     for name, value in fields.items():
+        # The first test is for speed; WeChat's own names all pass it.
         if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
         for item in value if isinstance(value, list) else (value,):
             if isinstance(item, str):
-                inner = f"<![CDATA[{_cdata(item)}]]>"
+                # Forbidden characters first: without them a new "]]>" may stand there.
+                inner = f"<![CDATA[{_clean(item).replace(']]>', ']]]]><![CDATA[>')}]]>"
             elif isinstance(item, dict):
                 inner = _elements(item)
             elif type(item) is int:
@@ -109,10 +113,8 @@ def _elements(fields: Message) -> str:
     return "".join(parts)
 
 
-def _cdata(text: str) -> str:
-    if not text.isprintable():
-        text = _NOT_XML.sub("", text)  # first: without them a new "]]>" may stand there
-    return text.replace("]]>", "]]]]><![CDATA[>")
+def _clean(text: str) -> str:
+    return text if text.isprintable() else _NOT_XML.sub("", text)
 
 
 def check(message: Message) -> None:
@@ -129,8 +131,8 @@ def check(message: Message) -> None:
 def answer(message: Message, reply: Reply, now: float) -> Message | None:
     """Make the whole answer to ``message`` from what ``reply()`` returned.
 
-    A str is a text reply, None and "" are no reply. A text over ``MAX_TEXT`` bytes is cut between
-    characters and ends in "…".
+    A str is a text reply, None and an empty text are no reply. A text over ``MAX_TEXT`` bytes is
+    cut between characters and ends in "…".
 
     Args:
         message: the message that is answered.
@@ -141,7 +143,7 @@ def answer(message: Message, reply: Reply, now: float) -> Message | None:
         TypeError: ``reply`` is something else.
         ValueError: ``reply`` has no MsgType, or more news articles than WeChat allows here.
     """
-    if reply is None or reply == "":
+    if reply is None:
         return None
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
@@ -149,24 +151,33 @@ def answer(message: Message, reply: Reply, now: float) -> Message | None:
     kind = fields.get("MsgType")
     if not kind or not isinstance(kind, str):
         raise ValueError("the reply has no MsgType")
+    if kind == "text":
+        content = _cut(_clean(fields["Content"]))
+        if not content:
+            return None
+        fields = {**fields, "Content": content}
+    elif kind == "news":
+        _check_articles(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1)
     whole = {
         "ToUserName": message["FromUserName"],
         "FromUserName": message["ToUserName"],
         "CreateTime": int(now),
-        **fields,
     }
-    if kind == "text":
-        whole["Content"] = _cut(fields["Content"])
-    elif kind == "news" and message["MsgType"] != "event" and fields["ArticleCount"] > 1:
-        raise ValueError(f"{fields['ArticleCount']} articles: the answer to a message may have one")
-    return whole
+    return {**whole, **fields, **whole}  # these three first, and never the reply's own
 
 
 def _cut(content: str) -> str:
-    data = content.encode(errors="ignore")  # a lone surrogate has no UTF-8; to_xml drops it too
+    data = content.encode()
     if len(data) <= MAX_TEXT:
         return content
     return data[: MAX_TEXT - len("…".encode())].decode(errors="ignore") + "…"
+
+
+def _check_articles(fields: Message, most: int) -> None:
+    articles = fields["Articles"]["item"]
+    count = len(articles) if isinstance(articles, list) else 1
+    if not 1 <= count <= most:
+        raise ValueError(f"{count} articles: 1 to {MAX_ARTICLES} may answer an event, 1 a message")
 
 
 def text(content: str) -> Message:
@@ -220,9 +231,9 @@ def news(articles: Sequence[Message]) -> Message:
     Raises:
         ValueError: no article, or more than ``MAX_ARTICLES``.
     """
-    if not 1 <= len(articles) <= MAX_ARTICLES:
-        raise ValueError(f"{len(articles)} articles: a news reply has 1 to {MAX_ARTICLES}")
-    return {"MsgType": "news", "ArticleCount": len(articles), "Articles": {"item": list(articles)}}
+    fields = {"MsgType": "news", "ArticleCount": len(articles), "Articles": {"item": [*articles]}}
+    _check_articles(fields, MAX_ARTICLES)
+    return fields
 
 
 def transfer_customer_service(kf_account: str = "") -> Message:

@@ -43,7 +43,6 @@ _PARAMETERS = {
 }
 
 
-_LENGTH = re.compile("[0-9]{0,18}")
 _EXPECTED = {
     "GET": ("signature", "timestamp", "nonce", "echostr"),
     "POST": ("signature", "timestamp", "nonce"),
@@ -99,7 +98,7 @@ def create_application(
             ("X-Content-Type-Options", "nosniff"),
         ]
         start_response(status, headers)
-        return [body]
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return application
 
@@ -145,21 +144,23 @@ def _gate(query: dict[str, str], token: str, max_age: int, now: float) -> None:
 
 
 def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
-    length = environ.get("CONTENT_LENGTH", "")
-    if not _LENGTH.fullmatch(length):
-        raise Refused(BAD_REQUEST, "Content-Length is no number")
-    # With no length, the server must say that a read ends with the body (chunked, in gunicorn).
-    size = int(length or (max_body + 1 if environ.get("wsgi.input_terminated") else 0))
-    if length and size > max_body:
-        raise Refused(CONTENT_TOO_LARGE, f"a body of {size} bytes; max_body is {max_body}")
-    try:
-        body: bytes = environ["wsgi.input"].read(size)
-    except OSError as error:
-        raise Refused(BAD_REQUEST, f"the body did not arrive: {type(error).__name__}") from None
-    if len(body) > max_body:
-        raise Refused(CONTENT_TOO_LARGE, f"a body of more than max_body, {max_body} bytes")
+    length = environ.get("CONTENT_LENGTH") or ""
+    if length:
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise Refused(BAD_REQUEST, "Content-Length is no number")
+        size = int(length)
+    else:  # the server must say that a read ends with the body, as gunicorn does of a chunked one
+        size = max_body + 1 if environ.get("wsgi.input_terminated") else 0
+    body = b""
+    if not length or size <= max_body:
+        try:
+            body = environ["wsgi.input"].read(size)
+        except OSError as error:
+            raise Refused(BAD_REQUEST, f"the body broke off: {type(error).__name__}") from None
+    if max(len(body), int(length or 0)) > max_body:
+        raise Refused(CONTENT_TOO_LARGE, f"the body has more than max_body = {max_body} bytes")
     if length and len(body) < size:
-        raise Refused(BAD_REQUEST, f"{len(body)} bytes of a body of {size}")
+        raise Refused(BAD_REQUEST, f"only {len(body)} bytes came of a body of {size}")
     return body
 
 
@@ -174,12 +175,15 @@ def _message(body: bytes) -> Message:
 
 def _answer(message: Message, reply: Callable[[Message], Reply], now: float) -> tuple[str, bytes]:
     """Return the content type and the body. "success" tells WeChat that there is no reply."""
+    kind = message["MsgType"]
     try:
-        answer = wxmessage.answer(message, reply(message), now)
+        answer = wxmessage.answer(message, reply(dict(message)), now)
         if answer is not None:
             return "application/xml", wxmessage.to_xml(answer)
-    except Exception:  # an error page would be sent again, and shown to the follower as a failure
-        log.exception("reply() failed for MsgType %r; answered success", message["MsgType"][:32])
+    # Anything else than success would be sent again and shown as a failure; and what is no
+    # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
+    except BaseException:
+        log.exception("reply() failed for MsgType %r; answered success", kind[:32])
     return "text/plain", b"success"
 
 
@@ -200,9 +204,15 @@ def main() -> None:
     class Server(ThreadingMixIn, WSGIServer):
         daemon_threads = True
 
-    class Handler(WSGIRequestHandler):
+        def handle_error(self, *_: object) -> None:
+            log.info("a connection broke off")
+
+    class Handler(WSGIRequestHandler):  # its own log lines would show the query: the signature
         def log_request(self, code: object = "-", _size: object = "-") -> None:
-            log.info("%s %s", self.command, code)  # without the query, which has the signature
+            log.info("%r %s", self.command, code)
+
+        def log_error(self, *_: object) -> None:
+            log.info("a request that is no HTTP")
 
     parser = argparse.ArgumentParser(description=main.__doc__, epilog="In earnest: make run")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,6 +26,7 @@ class FakeApi:
     status: int = 200
     location: str = ""  # where to redirect to
     dead: int = 0  # the errcode that every token is met with
+    on_fetch: Callable[[], object] = lambda: None  # what else happens at a fetch
     fetches: list[dict[str, Any]] = field(default_factory=list)
     calls: list[tuple[str, str, bytes]] = field(default_factory=list)
     token: str = ""  # the one that is good now
@@ -98,6 +100,7 @@ class FakeApi:
 
     def _fetch(self, asked: dict[str, Any], new: bool) -> dict[str, Any]:
         self.fetches.append(asked)
+        self.on_fetch()
         if asked["grant_type"] != "client_credential":
             return {"errcode": 40002, "errmsg": "invalid grant_type"}
         if asked["appid"] != APPID:

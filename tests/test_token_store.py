@@ -5,12 +5,14 @@ The API is a fake one over real HTTP; processes, locks and files are real; clock
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -235,7 +237,7 @@ def test_a_token_that_somebody_already_replaced_is_not_fetched_again(
     assert len(fake_api.fetches) == 1
 
 
-def test_a_stable_token_that_is_given_again_is_forced_once_in_thirty_seconds(
+def test_a_stable_token_that_is_given_again_is_forced(
     make: Maker, fake_api: FakeApi, clock: Clock
 ) -> None:
     store = make()
@@ -243,51 +245,106 @@ def test_a_stable_token_that_is_given_again_is_forced_once_in_thirty_seconds(
     second = store.refresh(first)
     assert second != first
     assert [asked.get("force_refresh") for asked in fake_api.fetches] == [None, None, True]
-    clock.sleep(10)
-    assert store.refresh(second) == second
-    clock.sleep(21)
+    clock.sleep(31)
     assert store.refresh(second) not in (first, second)
-    assert [bool(asked.get("force_refresh")) for asked in fake_api.fetches].count(True) == 2
 
 
-REFRESH_FOREVER = """
-import sys
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_tokens_that_are_refused_one_after_another_are_not_burned(
+    make: Maker, fake_api: FakeApi, clock: Clock, endpoint: str
+) -> None:
+    store = make(endpoint=endpoint)
+    second = store.refresh(store.get())
+    fetches = len(fake_api.fetches)
+    for _ in range(10):
+        clock.sleep(0.1)
+        with pytest.raises(TokenError, match="refuses the tokens it gives") as caught:
+            make(endpoint=endpoint).refresh(second)
+        assert caught.value.errcode == 40001
+    assert store.get() == second
+    assert len(fake_api.fetches) == fetches
+    clock.sleep(31)
+    assert store.refresh(second) == fake_api.token != second
+
+
+def test_a_force_that_failed_is_not_repeated_within_thirty_seconds(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    token = make().get()
+    fake_api.expires_in = 0  # WeChat answers nonsense
+    with pytest.raises(TokenError, match="how long it lives"):
+        make().refresh(token)
+    asked = len(fake_api.fetches)
+    clock.sleep(6)
+    with pytest.raises(TokenError, match="refuses"):
+        make().refresh(token)
+    assert len(fake_api.fetches) == asked
+
+
+GET_FOREVER = """
+import sys, time
 from token_store import TokenStore
 path, appid, secret, api_base = sys.argv[1:]
-store = TokenStore(path, appid, secret, endpoint="token", api_base=api_base)
-token = store.get()
+fast = lambda: time.time() * 1000  # a token of one second is renewed after half a millisecond
+store = TokenStore(path, appid, secret, endpoint="token", api_base=api_base, clock=fast)
 while True:
-    print(token, flush=True)
-    token = store.refresh(token)
+    print(store.get(), flush=True)
 """
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_file_and_a_free_lock(
     path: Path, fake_api: FakeApi, run: Run
 ) -> None:
-    fake_api.length = 60
+    fake_api.length, fake_api.expires_in = 60, 1
     dice = random.Random(20241121)
-    store = TokenStore(path, APPID, APPSECRET, endpoint="token", api_base=fake_api.base)
+    account = (str(path), APPID, APPSECRET)
+    options: Any = {"endpoint": "token", "api_base": fake_api.base}
+    store = TokenStore(*account, **options, clock=lambda: time.time() * 1000)
     for _ in range(15):
-        arguments = (str(path), APPID, APPSECRET, fake_api.base)
-        process = run("-c", REFRESH_FOREVER, *arguments)
+        process = run("-c", GET_FOREVER, *account, fake_api.base)
         assert process.stdout.readline()
         time.sleep(dice.uniform(0, 0.05))
         process.kill()
         process.wait()
         content = json.loads(path.read_text())
         assert re.fullmatch(r"T\d+_x+", content["access_token"])
-        assert store.get() == content["access_token"]
-        assert store.refresh(content["access_token"]) == fake_api.token
+        assert store.get() == fake_api.token != content["access_token"]
         assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
+
+
+def test_a_child_forked_during_a_fetch_does_not_keep_the_lock(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    children: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        children.append(child)
+
+    store = make(endpoint="token")
+    fake_api.on_fetch = fork
+    token = store.get()
+    fake_api.on_fetch = lambda: None
+    try:
+        assert store.refresh(token) == fake_api.token != token
+    finally:
+        for child in children:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
 
 
 def test_what_a_killed_process_left_is_taken_over(
     make: Maker, path: Path, fake_api: FakeApi
 ) -> None:
     path.parent.mkdir()
-    Path(f"{path}.new").write_text("{" + "half" * 5000)
+    left = Path(f"{path}.new")
+    left.write_text("{" + "half" * 5000)
+    left.chmod(0o666)
     assert make().get() == fake_api.token
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert json.loads(path.read_text())["access_token"] == fake_api.token
     assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
 
@@ -372,11 +429,26 @@ def test_in_a_read_only_place_the_old_token_is_served_and_the_failure_logged_onc
 def test_a_token_that_cannot_be_written_after_all_is_not_lost_to_its_process(
     make: Maker, path: Path, fake_api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path.mkdir(parents=True)  # so that the last step, the rename, is what fails
+    fake_api.on_fetch = lambda: Path(f"{path}.new").mkdir()
     store = make(endpoint="token")
     assert store.get() == store.get() == fake_api.token
     assert len(fake_api.fetches) == 1
     assert "known to this process alone" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_nothing_is_fetched(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    token = make().get()
+    store = make()
+    path.rename(f"{path}.away")
+    path.mkdir()
+    with pytest.raises(TokenError, match=f"cannot read {path}: "):
+        store.get()
+    path.rmdir()
+    Path(f"{path}.away").rename(path)
+    assert store.get() == token
+    assert len(fake_api.fetches) == 1
 
 
 FAILURES: list[tuple[dict[str, Any], str]] = [
@@ -389,8 +461,9 @@ FAILURES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"failure": b'{"errcode": 99999, "errmsg": "new"}'}, r"errcode 99999 \(new\): .*全局返回码"),
     ({"failure": b'{"errcode": "40013"}'}, "something else than WeChat's JSON"),
+    ({"failure": b'{"errcode": 1' + b"1" * 4200 + b"}"}, "something else than WeChat's JSON"),
     ({"failure": b'{"errcode": [1]}'}, "something else than WeChat's JSON"),
-    ({"failure": b'{"errcode": 1, "errmsg": "a\\nb\\u0000"}'}, r"errcode 1 \(a b"),
+    ({"failure": b'{"errcode": 1, "errmsg": "a\\nb\\u001b\\ud800c"}'}, r"errcode 1 \(a b c\)"),
     ({"failure": b"<html>oops</html>"}, "something else than WeChat's JSON"),
     ({"failure": b"[]"}, "something else than WeChat's JSON"),
     ({"failure": b"[" * 100_000}, "something else than WeChat's JSON"),
@@ -408,6 +481,7 @@ FAILURES: list[tuple[dict[str, Any], str]] = [
     ({"expires_in": 1.5}, "not how long it lives"),
     ({"status": 502, "failure": b"<html>"}, "HTTP status 502"),
     ({"status": 302, "failure": b"", "location": "http://127.0.0.1:1/"}, "HTTP status 302"),
+    ({"status": 302, "failure": b"", "location": "http://["}, "HTTP status 302"),
 ]
 
 
@@ -458,6 +532,43 @@ def test_an_api_too_slow_to_connect_to_answer_or_to_finish_is_left(
         make().get()
 
 
+@pytest.mark.parametrize(
+    "drip", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"X-Header: 1\r\n"]
+)
+def test_an_api_that_never_comes_to_the_point_is_left(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, drip: bytes
+) -> None:
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" if drip.startswith(b"X") else b"")
+            with contextlib.suppress(OSError):
+                while not over.wait(0.01):
+                    connection.sendall(drip)
+
+    monkeypatch.setattr(token_store, "TIMEOUT", 0.2)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(TokenError, match="no answer from 127"):
+            make(api_base=f"http://127.0.0.1:{server.getsockname()[1]}").get()
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "api_base", ["api.weixin.qq.com", "http://[::1", "https://a..b", "ftp://a"]
+)
+def test_an_impossible_address_is_a_token_error_without_the_secret(
+    make: Maker, api_base: str
+) -> None:
+    for endpoint in ("token", "stable_token"):
+        with pytest.raises(TokenError, match="no answer from") as caught:
+            make(api_base=api_base, endpoint=endpoint).get()
+        assert APPSECRET not in str(caught.value)
+
+
 def test_an_api_that_is_not_there_is_named(make: Maker) -> None:
     with pytest.raises(TokenError, match=r"no answer from 127\.0\.0\.1:1: .*refused"):
         make(api_base="http://127.0.0.1:1").get()
@@ -468,7 +579,7 @@ def test_an_answer_without_end_is_left(
 ) -> None:
     monkeypatch.setattr(token_store, "LARGEST_ANSWER", 100_000)
     fake_api.failure = b" " * 10_000_000
-    with pytest.raises(TokenError, match="no answer from 127"):
+    with pytest.raises(TokenError, match="something else than WeChat's JSON"):
         make().get()
 
 
@@ -537,15 +648,15 @@ def test_a_clock_set_back_over_a_restart_of_the_machine_does_not_keep_a_dead_tok
     assert make(endpoint="token").get() == fake_api.token != first
 
 
-def test_a_restart_of_the_machine_keeps_a_living_token(
+def test_a_machine_that_starts_anew_costs_one_fetch_for_its_clock_may_have_stood_still(
     make: Maker, fake_api: FakeApi, clock: Clock
 ) -> None:
-    first = make().get()
-    clock.now, clock.up = clock.now + 60, 5.0
-    assert make().get() == first
-    clock.sleep(7200 - 60 - 100)
-    fake_api.stable = ""
-    assert make().get() != first
+    make().get()
+    clock.up = 5.0
+    for _ in range(5):
+        assert make().get() == fake_api.token
+        clock.sleep(60)
+    assert len(fake_api.fetches) == 2
 
 
 def test_a_clock_set_forward_costs_one_fetch(make: Maker, fake_api: FakeApi, clock: Clock) -> None:
@@ -629,6 +740,9 @@ def test_a_good_file_is_believed(make: Maker, path: Path, fake_api: FakeApi) -> 
         good(expires_in=-1),
         good(expires_in="7200"),
         good(expires_in=None),
+        good(access_token="", expires_in=None),
+        good(access_token="", expires_in=[]),
+        good(failure=7),
         good(expires_in=float("nan")),
         good(fetched_at=0),
         good(fetched_at=Clock().now + 86400),
@@ -714,6 +828,10 @@ def test_the_command_says_errors_on_stderr_and_exits_1(
     assert err.count("\n") == 1
 
 
+def test_a_margin_below_zero_is_none(make: Maker, fake_api: FakeApi) -> None:
+    assert make(margin=-1000).get() == fake_api.token != ""
+
+
 def test_it_works_when_copied_out_alone(fake_api: FakeApi, tmp_path: Path) -> None:
     shutil.copy(ROOT / "token_store.py", tmp_path)
     script = (
@@ -723,6 +841,10 @@ def test_it_works_when_copied_out_alone(fake_api: FakeApi, tmp_path: Path) -> No
     isolated = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, '.'); {script}"]
     out = subprocess.run(isolated, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert out.strip() == fake_api.token
+    alone = [sys.executable, "-S", "token_store.py"]
+    result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "needs wxconfig.py" in result.stderr
 
 
 def test_threads_of_one_store_share_one_fetch(make: Maker, fake_api: FakeApi) -> None:

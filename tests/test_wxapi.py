@@ -65,6 +65,14 @@ def test_a_token_that_stays_dead_is_an_error_after_one_more_try(
     assert fake_api.token not in str(caught.value)
 
 
+def test_a_token_that_stays_dead_is_not_fetched_at_every_call(api: Api, fake_api: FakeApi) -> None:
+    fake_api.dead = 40001
+    for _ in range(20):
+        with pytest.raises(ApiError, match=r"40001|refuses"):
+            api.call("getcallbackip")
+    assert len(fake_api.fetches) == 3  # the first, the same again, another by force
+
+
 def test_an_errcode_is_an_exception_with_its_meaning(api: Api, fake_api: FakeApi) -> None:
     api.call("getcallbackip")
     fake_api.failure = b'{"errcode": 48001, "errmsg": "api unauthorized"}'
@@ -97,7 +105,7 @@ def test_the_command_posts_a_json_body(fake_api: FakeApi, tmp_path: Path, run: R
     assert json.loads(fake_api.calls[0][2]) == json.loads(body)
 
 
-@pytest.mark.parametrize("body", ["{", "[]"])
+@pytest.mark.parametrize("body", ["{", "[]", "[" * 100_000])
 def test_the_command_refuses_a_body_that_is_no_json_object(body: str, run: Run) -> None:
     process = run(wxapi.__file__, "x", body)
     assert "the body is not" in process.communicate()[1]

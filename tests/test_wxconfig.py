@@ -97,6 +97,10 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         ("[server]\nmax_age = 5m\n", "[server] max_age: '5m': must be a whole number from 0"),
         ("[server]\nmax_age = -1\n", "[server] max_age: '-1': must be a whole number from 0"),
         ("[server]\nmax_body = 0\n", "[server] max_body: '0': must be a whole number from 1024"),
+        ("[server]\npath = /微信\n", "[server] path: '/微信': must be a path such as /wx"),
+        ("[server]\nstate_dir = a ; b\n", "[server] state_dir: 'a ; b': must be a folder"),
+        ("[server]\nstate_dir = a\0b\n", "[server] state_dir: 'a\\x00b': must be a folder"),
+        ("[access_token]\napi_base = https://[::1\n", "must be https://HOST"),
         ("[server]\nstate_dir =\n", "[server] state_dir: '': must be a folder"),
         ("[access_token]\nendpoint = x\n", "endpoint: 'x': must be stable_token or token"),
         ("[access_token]\nmargin = 8000\n", "margin: '8000': must be a whole number from 0 to"),
@@ -190,7 +194,7 @@ def test_a_token_left_empty_by_a_crash_is_made_anew(tmp_path: Path) -> None:
 
 def test_a_token_file_of_something_else_is_an_error_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "callback_token").write_text("my token!\n")
-    with pytest.raises(ConfigError, match="delete the file"):
+    with pytest.raises(ConfigError, match=r"\[server\] state_dir: .*delete it"):
         callback_token(Config(state_dir=tmp_path))
     assert (tmp_path / "callback_token").read_text() == "my token!\n"
 

@@ -204,14 +204,21 @@ def test_numbers_stand_bare_and_text_in_cdata() -> None:
 def test_eight_articles_answer_an_event_and_one_a_message() -> None:
     eight = wxmessage.news([{"Title": str(n)} for n in range(8)])
     assert len(replied(eight, EVENT)["Articles"]["item"]) == 8
-    with pytest.raises(ValueError, match="8 articles: the answer to a message may have one"):
+    with pytest.raises(ValueError, match="8 articles: 1 to 8 may answer an event, 1 a message"):
         answer(MESSAGE, eight, 0)
     for count in (0, 9):
-        with pytest.raises(ValueError, match=f"{count} articles: a news reply has 1 to 8"):
+        with pytest.raises(ValueError, match=f"{count} articles: 1 to 8 may answer an event"):
             wxmessage.news([{"Title": "t"}] * count)
+    by_hand = {"MsgType": "news", "ArticleCount": 1, "Articles": {"item": [{"Title": "t"}] * 9}}
+    with pytest.raises(ValueError, match="9 articles"):
+        answer(EVENT, by_hand, 0)
 
 
-@pytest.mark.parametrize("reply", [None, ""])
+def test_a_reply_goes_to_the_follower_whatever_names_it_has() -> None:
+    assert replied({**MESSAGE, "Content": "x"})["Content"] == "x"
+
+
+@pytest.mark.parametrize("reply", [None, "", wxmessage.text(""), "\0"])
 def test_none_and_an_empty_text_are_no_reply(reply: wxmessage.Reply) -> None:
     assert answer(MESSAGE, reply, 0) is None
 
@@ -244,8 +251,12 @@ def test_a_text_of_exactly_the_limit_is_left_alone() -> None:
     assert replied({"MsgType": "text", "Content": "a" * 2049})["Content"] == "a" * 2045 + "…"
 
 
-@given(st.text(max_size=3000))
+def test_characters_that_are_dropped_do_not_count() -> None:
+    assert replied("a" * 2000 + "\0" * 100)["Content"] == "a" * 2000
+
+
+@given(st.text(min_size=1, max_size=3000))
 def test_no_text_is_too_long_or_breaks_the_reply(content: str) -> None:
-    whole = answer(MESSAGE, wxmessage.text(content), 0)
+    whole = answer(MESSAGE, "a" + content, 0)
     assert whole is not None
     assert len(from_xml(to_xml(whole))["Content"].encode()) <= 2048

@@ -83,7 +83,18 @@ def raises(_: Any) -> str:
     raise RuntimeError("the database is down")
 
 
-@pytest.mark.parametrize("reply", [raises, lambda _: 7, lambda _: {"MsgType": "text", "a b": "c"}])
+def exits(_: Any) -> str:
+    raise SystemExit("as a library may")
+
+
+def takes_apart(message: dict[str, Any]) -> str:
+    message.clear()
+    raise KeyError("MsgType")
+
+
+@pytest.mark.parametrize(
+    "reply", [raises, exits, takes_apart, lambda _: 7, lambda _: {"MsgType": "text", "a b": "c"}]
+)
 def test_a_reply_that_fails_is_logged_with_its_traceback_and_answered_success(
     reply: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +180,7 @@ def test_another_method_is_405_with_allow(app: Any, method: str) -> None:
     answer = app.request(f"/wx?{signed()}", method=method, **ANY)
     assert answer.status_int == 405
     assert answer.headers["Allow"] == "GET, POST"
+    assert answer.body == (b"" if method == "HEAD" else b"405 Method Not Allowed\n")
 
 
 class Unread(io.BytesIO):
