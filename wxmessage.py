@@ -56,20 +56,12 @@ def from_xml(body: bytes) -> Message:
         else:
             parent[name] = [parent[name], value]
 
-    def declaration(_version: str, encoding: str | None, _standalone: int) -> None:
-        if encoding and encoding.lower() not in ("utf-8", "utf8"):
-            raise MessageError("the declared encoding is not UTF-8")
-
-    def doctype(*_: object) -> None:
-        raise MessageError("a DOCTYPE is not allowed")
-
     parser = expat.ParserCreate("UTF-8")
-    parser.buffer_text = True
     parser.StartElementHandler = start
     parser.EndElementHandler = end
     parser.CharacterDataHandler = chunks.append
-    parser.XmlDeclHandler = declaration
-    parser.StartDoctypeDeclHandler = doctype
+    parser.XmlDeclHandler = _check_encoding
+    parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
         parser.Parse(body, True)
     except expat.ExpatError as error:
@@ -78,6 +70,15 @@ def from_xml(body: bytes) -> Message:
     if root is None:
         raise MessageError("the root element is not xml")
     return root if isinstance(root, dict) else {}
+
+
+def _check_encoding(_version: str, encoding: str | None, _standalone: int) -> None:
+    if encoding and encoding.lower() not in ("utf-8", "utf8"):
+        raise MessageError("the declared encoding is not UTF-8")
+
+
+def _refuse_doctype(*_: object) -> None:
+    raise MessageError("a DOCTYPE is not allowed")
 
 
 def to_xml(message: Message) -> bytes:

@@ -233,12 +233,13 @@ def test_a_wrong_config_stops_the_start_with_one_line(
     assert len([line for line in server.log.splitlines() if "INFO" not in line]) == 1
 
 
-def test_it_stops_at_once_when_told_and_leaves_only_its_token(server: Server) -> None:
-    server.token()
+def test_it_stops_at_once_when_told_and_leaves_only_its_token(run: Run, tmp_path: Path) -> None:
+    server = gunicorn(run, tmp_path, WEB_CONCURRENCY="1").ready()
+    assert server.ask(echostr="1") == (200, b"1")  # so the worker is up: before, gunicorn waits
     server.process.terminate()
     assert server.process.wait(timeout=10) == 0
-    assert sorted(os.listdir(server.folder)) == ["config.ini", "log", "state"]
-    assert os.listdir(server.folder / "state") == ["callback_token"]
+    assert sorted(os.listdir(tmp_path)) == ["config.ini", "log", "state"]
+    assert os.listdir(tmp_path / "state") == ["callback_token"]
 
 
 def test_a_first_look_needs_the_standard_library_alone(run: Run, tmp_path: Path) -> None:

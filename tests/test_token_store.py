@@ -312,6 +312,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_file_and_a_free_lock(
         assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # that is the point of it
 def test_a_child_forked_during_a_fetch_does_not_keep_the_lock(
     make: Maker, fake_api: FakeApi, clock: Clock
 ) -> None:
@@ -329,6 +330,7 @@ def test_a_child_forked_during_a_fetch_does_not_keep_the_lock(
     token = store.get()
     fake_api.on_fetch = lambda: None
     try:
+        assert len(children) == 1
         assert store.refresh(token) == fake_api.token != token
     finally:
         for child in children:
