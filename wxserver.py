@@ -43,10 +43,14 @@ _PARAMETERS = {
 }
 
 
+# Which of them a method needs; other methods are refused.
 _EXPECTED = {
     "GET": ("signature", "timestamp", "nonce", "echostr"),
     "POST": ("signature", "timestamp", "nonce"),
 }
+
+_TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
+_XML = [("Content-Type", "application/xml")]
 
 
 class Refused(Exception):
@@ -75,8 +79,7 @@ def create_application(
     token = wxconfig.callback_token(config)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        status, headers, content_type = "200 OK", [], "text/plain"
-        now = clock()
+        status, headers, now = "200 OK", _TEXT, clock()
         try:
             method = _route(environ, config.path)
             query = _query(environ.get("QUERY_STRING", ""), _EXPECTED[method])
@@ -85,19 +88,14 @@ def create_application(
                 body = query["echostr"].encode("latin-1")
             else:
                 message = _message(_body(environ, config.max_body))
-                content_type, body = _answer(message, reply, now)
+                headers, body = _answer(message, reply, now)
         except Refused as refused:
             status = refused.status
             body = f"{status}\n".encode()
             log.warning("%s: %s", status, refused)
             if status == METHOD_NOT_ALLOWED:
-                headers.append(("Allow", "GET, POST"))
-        headers += [
-            ("Content-Type", content_type),
-            ("Content-Length", str(len(body))),
-            ("X-Content-Type-Options", "nosniff"),
-        ]
-        start_response(status, headers)
+                headers = [*_TEXT, ("Allow", ", ".join(_EXPECTED))]
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return application
@@ -115,14 +113,15 @@ def _route(environ: WSGIEnvironment, path: str) -> str:
 
 def _query(query_string: str, names: tuple[str, ...]) -> dict[str, str]:
     """Return the parameters; those in ``names`` must be there, each once and well-formed."""
-    pairs = [pair.partition("=")[::2] for pair in query_string.split("&")]
-    query = dict(pairs)
-    if len(query) < len(pairs):
-        raise Refused(BAD_REQUEST, "a parameter is repeated")
+    query: dict[str, str] = {}
+    for pair in query_string.split("&"):
+        name, _, value = pair.partition("=")
+        if name in query:
+            raise Refused(BAD_REQUEST, f"{name[:20]!r} is repeated")
+        query[name] = unquote_plus(value, "latin-1") if "%" in value or "+" in value else value
     for name in names:
         if name not in query:
             raise Refused(BAD_REQUEST, f"{name} is missing")
-        query[name] = unquote_plus(query[name], "latin-1")
         if not _PARAMETERS[name].fullmatch(query[name]):
             raise Refused(BAD_REQUEST, f"{name} is malformed")
     return query
@@ -173,18 +172,20 @@ def _message(body: bytes) -> Message:
     return message
 
 
-def _answer(message: Message, reply: Callable[[Message], Reply], now: float) -> tuple[str, bytes]:
-    """Return the content type and the body. "success" tells WeChat that there is no reply."""
+def _answer(
+    message: Message, reply: Callable[[Message], Reply], now: float
+) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the headers and the body. "success" tells WeChat that there is no reply."""
     kind = message["MsgType"]
     try:
         answer = wxmessage.answer(message, reply(dict(message)), now)
         if answer is not None:
-            return "application/xml", wxmessage.to_xml(answer)
+            return _XML, wxmessage.to_xml(answer)
     # Anything else than success would be sent again and shown as a failure; and what is no
     # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
     except BaseException:
         log.exception("reply() failed for MsgType %r; answered success", kind[:32])
-    return "text/plain", b"success"
+    return _TEXT, b"success"
 
 
 def __getattr__(name: str) -> Any:

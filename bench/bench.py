@@ -1,9 +1,10 @@
 """Measure the callback server, in ratios that hold on any machine. ``make bench`` runs it.
 
-Through gunicorn, with the shipped gunicorn.conf.py and connections that are kept alive (new ones
-would cost more than any callable and flatter the ratio), an echo is compared to bench/bare.py.
-Every figure is the median of several rounds, in which the servers take turns, so that a noisy
-machine disturbs all alike.
+Through gunicorn, with the shipped gunicorn.conf.py, an echo is compared to bench/bare.py: once over
+connections that serve a few requests each, which leaves the least time beside the callable's own,
+and once over a new connection for each, as the shipped nginx site makes them. Every figure is the
+median of many short rounds, in which the servers take turns, so that a noisy machine disturbs all
+alike.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -46,6 +48,7 @@ BODY = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
 </xml>""".encode()
 ECHO = "你好 hello".encode()
 CONNECTIONS = 16
+REUSE = {"kept": 20, "new": 1}  # requests a connection
 PEERS = {"WeRoBot": "peer_werobot", "wechatpy + Flask": "peer_wechatpy"}
 
 
@@ -58,14 +61,11 @@ def query(**more: str) -> str:
 
 @dataclass
 class Server:
-    """A gunicorn that serves one module, and what was measured of it."""
+    """A gunicorn that serves one module."""
 
     name: str
     port: int
     process: subprocess.Popen[bytes]
-    rates: list[float] = field(default_factory=list)  # requests per second
-    cpu: list[float] = field(default_factory=list)  # µs per request, all workers
-    memory: float = 0.0  # MiB of all workers, shared pages by halves (PSS)
 
     def workers(self) -> list[int]:
         """Return the workers' process ids."""
@@ -87,15 +87,15 @@ def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> It
     with (folder / f"{module}.log").open("wb") as log:
         process = subprocess.Popen(arguments, env=environ, cwd=ROOT, stdout=log, stderr=log)
     try:
-        load(port, 0.5, patience=20)
+        load(port, 0.3, patience=20)
         yield Server(name, port, process)
     finally:
         process.terminate()
         process.wait()
 
 
-def load(port: int, seconds: float, patience: float = 0) -> float:
-    """Send echoes over ``CONNECTIONS`` connections; return how many a second were answered.
+def load(port: int, seconds: float, reuse: int = 1, patience: float = 0) -> float:
+    """Send echoes over ``CONNECTIONS`` connections at a time; return how many a second came back.
 
     Raises:
         RuntimeError: an answer is not the echo.
@@ -104,17 +104,23 @@ def load(port: int, seconds: float, patience: float = 0) -> float:
         f"POST /wx?{query(openid='o9AgO5Kd5ggOC-bXrbNODIiE3bGY')} HTTP/1.1\r\nHost: wx.example.com"
         f"\r\nContent-Type: text/xml\r\nContent-Length: {len(BODY)}\r\n\r\n"
     ).encode() + BODY
-    poll, connections, ready = select.epoll(), {}, time.monotonic() + patience
-    for _ in range(CONNECTIONS):
+    poll, ready = select.epoll(), time.monotonic() + patience
+    open_: dict[int, tuple[socket.socket, int]] = {}
+
+    def start() -> None:
         connection = connect(port, ready)
         connection.sendall(request)
-        connections[connection.fileno()] = connection
+        open_[connection.fileno()] = (connection, 1)
         poll.register(connection.fileno(), select.EPOLLIN)
-    count, parts = 0, dict.fromkeys(connections, b"")
+
+    for _ in range(CONNECTIONS):
+        start()
+    count, parts = 0, dict.fromkeys(range(4096), b"")
     began = time.perf_counter()
     while (now := time.perf_counter()) - began < seconds:
         for fd, _ in poll.poll():
-            data = connections[fd].recv(65536)
+            connection, asked = open_[fd]
+            data = connection.recv(65536)
             parts[fd] += data
             head, _, body = parts[fd].partition(b"\r\n\r\n")
             length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
@@ -122,11 +128,17 @@ def load(port: int, seconds: float, patience: float = 0) -> float:
                 continue
             if not head.startswith(b"HTTP/1.1 200 ") or ECHO not in body:
                 raise RuntimeError(f"no echo: {parts[fd][:200]!r}")
-            parts[fd] = b""
-            count += 1
-            connections[fd].sendall(request)
-    for connection in connections.values():
+            count, parts[fd] = count + 1, b""
+            if asked < reuse:
+                connection.sendall(request)
+                open_[fd] = (connection, asked + 1)
+            else:
+                del open_[fd]
+                connection.close()
+                start()
+    for connection, _ in open_.values():
         connection.close()
+    poll.close()
     return count / (now - began)
 
 
@@ -163,30 +175,36 @@ def pss(pids: list[int]) -> float:
 def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     """Print the echo's throughput, CPU and memory beside those of the bare callable."""
     own = Path(sys.executable).with_name("gunicorn")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        start = [("bare callable", "bare", own, str(HERE)), ("wxserver", "wxserver", own, "")]
-        if peers:
-            start += [(name, module, peers, str(HERE)) for name, module in PEERS.items()]
-        servers = [stack.enter_context(serve(*each, folder)) for each in start]
-        for number in range(rounds):
+    start = [("bare callable", "bare", own, str(HERE)), ("wxserver", "wxserver", own, "")]
+    if peers:
+        start += [(name, module, peers, str(HERE)) for name, module in PEERS.items()]
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)  # requests per second
+    cpu, memory = defaultdict(list), defaultdict(list)  # µs per request, MiB: of all workers
+    for number in range(rounds):
+        if number % 5 == 0:  # anew now and then: a process has its luck with caches and cores
+            stack = contextlib.ExitStack()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            servers = [stack.enter_context(serve(*each, folder)) for each in start]
+        for way, reuse in REUSE.items():
             for server in servers:
                 pids = server.workers()
                 before = cpu_seconds(pids)
-                rate = load(server.port, seconds)
-                server.rates.append(rate)
-                server.cpu.append((cpu_seconds(pids) - before) / (rate * seconds) * 1e6)
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        for server in servers:
-            server.memory = pss(server.workers())
-    bare = servers[0]
-    print(f"\n{'echo through gunicorn':24}{'ratio':>8}{'req/s':>8}{'CPU µs/req':>12}{'MiB':>8}")
-    for server in servers:
-        ratio = statistics.median(a / b for a, b in zip(server.rates, bare.rates, strict=True))
-        print(
-            f"{server.name:24}{ratio:8.2f}{statistics.median(server.rates):8.0f}"
-            f"{statistics.median(server.cpu):12.0f}{server.memory:8.1f}"
-        )
+                rate = load(server.port, seconds, reuse)
+                rates[server.name, way].append(rate)
+                cpu[server.name, way].append((cpu_seconds(pids) - before) / (rate * seconds) * 1e6)
+                memory[server.name].append(pss(pids))
+        if number % 5 == 4 or number == rounds - 1:
+            stack.close()
+        print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+    print(f"\n{'echo through gunicorn':24}{'connections':>12}{'ratio':>8}{'req/s':>8}{'CPU µs':>8}")
+    for (name, way), values in rates.items():
+        bare = rates["bare callable", way]
+        ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
+        figures = (ratio, statistics.median(values), statistics.median(cpu[name, way]))
+        print("{:24}{:>12}{:8.2f}{:8.0f}{:8.0f}".format(name, way, *figures))
+    print(f"\n{'memory of two workers':24}{'MiB':>12}")
+    for name, sizes in memory.items():
+        print(f"{name:24}{statistics.median(sizes):12.1f}")
 
 
 def in_process(rounds: int) -> None:
@@ -211,7 +229,7 @@ def in_process(rounds: int) -> None:
             "GET, a verification": (lambda: call(get), 5000, []),
             "TokenStore.get()": (store.get, 20000, []),
         }
-        for _ in range(rounds * 3):
+        for _ in range(rounds):
             for function, loops, results in figures.values():
                 began = time.perf_counter()
                 for _ in range(loops):
@@ -225,8 +243,8 @@ def in_process(rounds: int) -> None:
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="default: 9")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a round, default: 2")
+    parser.add_argument("--rounds", type=int, default=25, help="default: 25")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a round, default: 0.5")
     parser.add_argument("--peers", type=Path, help="a gunicorn beside WeRoBot, wechatpy and Flask")
     arguments = parser.parse_args()
     in_process(arguments.rounds)
