@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -109,6 +111,19 @@ def test_a_message_is_echoed(server: Server) -> None:
     status, body = server.ask(message_xml("你好"), openid="o1")
     assert status == 200
     assert from_xml(body)["Content"] == "你好"
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_message_that_the_readme_sends_by_hand_is_answered(server: Server) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    by_hand = next(block for block in blocks if "sha1sum" in block)
+    server.token()
+    script = by_hand.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    result = subprocess.run(
+        ["sh", "-c", script], cwd=server.folder, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("4375120948345356249<xml>")
+    assert "<Content><![CDATA[hello]]></Content>" in result.stdout
 
 
 def test_many_at_once_each_get_their_own_answer(server: Server) -> None:
