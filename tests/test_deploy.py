@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Run, message_xml
+from serving import free_port, gunicorn, until
 
 import wxconfig
 
@@ -17,24 +18,53 @@ SYSTEMD = shutil.which("systemd-analyze")
 
 
 @pytest.mark.skipif(not NGINX or not shutil.which("openssl"), reason="needs nginx and openssl")
-def test_nginx_takes_the_site(tmp_path: Path) -> None:
+def test_a_message_comes_through_the_nginx_site_and_its_log_has_no_signature(
+    run: Run, tmp_path: Path
+) -> None:
     assert NGINX
-    files = [f"-keyout={tmp_path}/privkey.pem", f"-out={tmp_path}/fullchain.pem"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=a"]
-    subprocess.run([*make, *" ".join(files).replace("=", " ").split()], check=True, stderr=-3)
+    server = gunicorn(run, tmp_path, WEB_CONCURRENCY="1").ready()
+    http, https = free_port(), free_port()
+    key, certificate = tmp_path / "privkey.pem", tmp_path / "fullchain.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=a.example"]
+    make += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
     site = (ROOT / "deploy" / "nginx.conf").read_text()
-    site = site.replace("/etc/letsencrypt/live/wx.example.com", str(tmp_path))
-    site = site.replace("/var/log/nginx", str(tmp_path))
-    site = re.sub(r"listen (\[::\]:)?(80|443)", r"listen \g<1>4\2", site)  # no root needed
-    (tmp_path / "site.conf").write_text(site)
+    for old, new in {
+        "/etc/letsencrypt/live/wx.example.com": str(tmp_path),
+        "/var/log/nginx": str(tmp_path),
+        "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+        "listen [::]:80;": "",
+        "listen [::]:443 ssl;": "",
+        "listen 80;": f"listen 127.0.0.1:{http};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{https} ssl;",
+    }.items():
+        assert old in site
+        site = site.replace(old, new)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind}; " for kind in kinds)
     (tmp_path / "nginx.conf").write_text(
-        f"pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}"
-        f" http {{ include {tmp_path}/site.conf; }}"
+        f"pid {tmp_path}/pid; error_log {tmp_path}/error.log; daemon off; events {{}}"
+        f" http {{ access_log off; {folders} {site} }}"
     )
-    check = [NGINX, "-t", "-c", str(tmp_path / "nginx.conf")]
-    result = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert "syntax is ok" in result.stderr
-    assert result.returncode == 0, result.stderr
+    arguments = [NGINX, "-e", f"{tmp_path}/error.log", "-c", str(tmp_path / "nginx.conf")]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as nginx:
+        try:
+            until(lambda: nginx.poll() is not None or (tmp_path / "pid").exists())
+            assert nginx.poll() is None, nginx.stderr and nginx.stderr.read()
+            base = f"https://127.0.0.1:{https}"
+            assert until(lambda: server.ask(base=base, echostr="437512")) == (200, b"437512")
+            assert b"hello" in server.ask(message_xml("hello"), base=base, openid="oPrivate")[1]
+            assert server.ask(b" " * 1_100_000, base=base)[0] == 413
+            assert server.ask(path="/other", base=base)[0] == 404
+            with socket.create_connection(("127.0.0.1", http)) as connection:
+                connection.sendall(b"GET /wx HTTP/1.0\r\nHost: wx.example.com\r\n\r\n")
+                assert b"Location: https://wx.example.com/wx" in connection.recv(4096)
+        finally:
+            nginx.terminate()
+    log = (tmp_path / "wxserver.log").read_text()
+    assert "POST /wx 200" in log
+    assert "signature" not in log
+    assert "oPrivate" not in log
 
 
 @pytest.mark.skipif(not SYSTEMD, reason="needs systemd")
