@@ -35,5 +35,5 @@ bench-peers: install .venv-peers/installed
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check \
-		'gunicorn>=22' WeRoBot 'wechatpy[cryptography]' Flask
+		'gunicorn>=25.1' WeRoBot 'wechatpy[cryptography]' Flask
 	@touch $@
