@@ -28,12 +28,13 @@ lint: install
 bench: install
 	$(bin)/python bench/bench.py
 
-# The peers have a venv of their own: nothing of theirs is needed to run or to develop.
+# The peers have a venv of their own: nothing of theirs is needed to run or to develop. Their
+# versions are the ones of the README's figures.
 bench-peers: install .venv-peers/installed
 	$(bin)/python bench/bench.py --peers .venv-peers/bin/gunicorn
 
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check \
-		'gunicorn>=25.1' WeRoBot 'wechatpy[cryptography]' Flask
+		'gunicorn>=25.1' WeRoBot==1.13.1 'wechatpy[cryptography]==1.8.18' Flask==3.1.3
 	@touch $@

@@ -162,7 +162,9 @@ class TokenStore:
             if left > 0:
                 return state.access_token
             if wait:
-                raise TokenError(f"{state.failure} (next try in {wait:.0f} s)", state.errcode)
+                raise TokenError(
+                    f"{state.failure} (next try in {math.ceil(wait)} s)", state.errcode
+                )
             if time.monotonic() > give_up:
                 raise TokenError(f"another process has been fetching it for over {PATIENCE:.0f} s")
             time.sleep(POLL)
@@ -198,20 +200,20 @@ class TokenStore:
             failure = f"cannot write {error.filename or self._path}: {error.strerror}"
             if fetched is state:
                 fetched = self._failed(state, ApiError(failure))
-            else:
-                log.error("%s; what was fetched is known to this process alone", failure)
+            elif not fetched.failure:
+                log.error("%s; the token that was fetched is known to this process alone", failure)
             self._cache = (key, fetched)
         return fetched
 
     def _fetch(self, state: _State, stale: str) -> _State:
         now, uptime = self._clock(), self._uptime()  # a token's life begins before it arrives
-        refused_at = state.refused_at
+        refused, refused_at = bool(stale) and stale == state.access_token, state.refused_at
+        if refused and abs(now - refused_at) < REFUSED_APART:
+            why = ApiError("WeChat refuses the tokens it gives; " + ADVICE[40001], 40001)
+            return self._failed(replace(state, wait=0), why)
         try:
-            if stale and stale == state.access_token:
-                if abs(now - refused_at) < REFUSED_APART:
-                    raise ApiError("WeChat refuses the tokens it gives; " + ADVICE[40001], 40001)
-                refused_at = now
             token, expires_in = self._ask()
+            refused_at = now if refused else refused_at
             if token == stale:  # stable_token gives the same one again, unless it is forced
                 token, expires_in = self._ask(force_refresh=True)
         except ApiError as error:
@@ -327,11 +329,14 @@ def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[st
 
     Raises:
         ApiError: an errcode; or nothing, an HTTP error or no JSON object in ``TIMEOUT`` seconds.
+        TypeError, ValueError: ``payload`` cannot be JSON in UTF-8.
     """
+    # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \u escapes.
+    data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
     host = url.partition("://")[2].partition("/")[0]
     results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
     # A thread, for neither DNS nor a dripping server heeds a socket's timeout.
-    threading.Thread(target=_exchange, args=(url, payload, results), daemon=True).start()
+    threading.Thread(target=_exchange, args=(url, data, results), daemon=True).start()
     try:
         result = results.get(timeout=TIMEOUT)
     except queue.Empty:
@@ -358,12 +363,8 @@ def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[st
     return answer
 
 
-def _exchange(
-    url: str, payload: dict[str, Any] | None, results: queue.SimpleQueue[bytes | Exception]
-) -> None:
+def _exchange(url: str, data: bytes | None, results: queue.SimpleQueue[bytes | Exception]) -> None:
     try:
-        # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \\u escapes.
-        data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with _opener().open(request, timeout=TIMEOUT) as response:
             results.put(response.read(LARGEST_ANSWER))
@@ -398,10 +399,15 @@ def _line(text: object, secret: str) -> str:
 ADVICE = {
     -1: "WeChat is busy; try again later",
     40001: "check [wechat] appsecret; or something else fetches tokens for this account",
+    40002: "the grant_type is wrong",
     40013: "check [wechat] appid",
+    40014: "the access_token is invalid",
     40125: "check [wechat] appsecret, or reset it in the console",
     40164: "add {ip} to the account's IP whitelist: 设置与开发 → 基本配置 → IP白名单",
     40243: "the AppSecret is frozen; unfreeze it in the console",
+    41002: "the AppID is missing",
+    41004: "the AppSecret is missing",
+    42001: "the access_token has expired",
     43002: "this call needs a body to POST",
     45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
     45011: "too many calls in this minute; slow down",

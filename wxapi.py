@@ -5,7 +5,7 @@
     api.call("message/custom/typing", {"touser": openid, "command": "Typing"})
 
 ``python wxapi.py getcallbackip`` does the same in a shell. What the error codes
-mean is in token_store.ADVICE, which has to work without this file.
+mean is in token_store.py, which has to work without this file.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
             parser.error("the body is not a JSON object")
     try:
         answer = from_config(wxconfig.load()).call(arguments.path, body)
-    except (ApiError, wxconfig.ConfigError) as error:
+    except (ApiError, wxconfig.ConfigError, UnicodeEncodeError) as error:
         sys.exit(f"wxapi: {error}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese

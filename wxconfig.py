@@ -69,7 +69,10 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "path": _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #"),
         "max_age": _number(0, 86400),
         "max_body": _number(1024, 64 * 1048576),
-        "state_dir": _text(r"(?!.*\s[;#])[^\0]+", "a folder; a comment has a line of its own"),
+        "state_dir": _text(
+            r"(?![~\"'])(?!.*\s[;#])[^\0-\x1f]+",
+            "a folder, without ~ or quotes; a comment or another key has a line of its own",
+        ),
     },
     "access_token": {
         "endpoint": _text("stable_token|token", "stable_token or token"),
@@ -110,7 +113,7 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    # Notepad begins a file with a BOM. DEFAULT is no section of its own here, "%" no sign.
+    # Notepad begins a file with a BOM; [DEFAULT] and % have no special meaning here.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read_string(path.read_text(encoding="utf-8-sig"))
@@ -122,10 +125,11 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         raise ConfigError(f"{path}: [{error.section}] is there twice") from None
     except configparser.DuplicateOptionError as error:
         raise ConfigError(f"{path}: [{error.section}] {error.option} is there twice") from None
-    except configparser.MissingSectionHeaderError as error:  # these two would quote the line,
+    # The texts of these two would quote the line, which may hold a secret.
+    except configparser.MissingSectionHeaderError as error:
         line = error.lineno
         raise ConfigError(f"{path}: line {line} stands before any [section]") from None
-    except configparser.ParsingError as error:  # and it may hold a secret
+    except configparser.ParsingError as error:
         line = error.errors[0][0]
         raise ConfigError(f"{path}: line {line} is neither [section] nor key = value") from None
     return {name: dict(parser[name]) for name in parser.sections()}

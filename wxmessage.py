@@ -85,7 +85,8 @@ def to_xml(message: Message) -> bytes:
     """Write a dict as ``<xml>…</xml>`` in UTF-8; ``from_xml`` reads the same dict back.
 
     A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped. What XML
-    cannot tell apart is read as the simpler: an empty dict as "", a list of one as its item.
+    cannot tell apart is read as the simpler: an int as a str, an empty dict as "", a list of one
+    as its item, an empty list not at all, and every end of line as LF.
 
     Raises:
         ValueError: a key that cannot be the name of an element.
@@ -97,7 +98,7 @@ def to_xml(message: Message) -> bytes:
 def _elements(fields: Message) -> str:
     parts: list[str] = []
     for name, value in fields.items():
-        # The first test is for speed; WeChat's own names all pass it.
+        # The regex alone would do; WeChat's own names all pass the quicker test before it.
         if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
         for item in value if isinstance(value, list) else (value,):
@@ -122,8 +123,11 @@ def check(message: Message) -> None:
     """Make sure that ``message`` can be answered.
 
     Raises:
-        MessageError: ToUserName, FromUserName or MsgType is missing, empty or no text.
+        MessageError: ToUserName, FromUserName or MsgType is missing, empty or no text; or the
+            message is encrypted.
     """
+    if "Encrypt" in message and "MsgType" not in message:
+        raise MessageError("it is encrypted; choose 明文模式 in WeChat's console")
     for name in ("ToUserName", "FromUserName", "MsgType"):
         if not (isinstance(message.get(name), str) and message[name]):
             raise MessageError(f"no {name}")
@@ -142,7 +146,8 @@ def answer(message: Message, reply: Reply, now: float) -> Message | None:
 
     Raises:
         TypeError: ``reply`` is something else.
-        ValueError: ``reply`` has no MsgType, or more news articles than WeChat allows here.
+        ValueError: ``reply`` lacks its MsgType, Content or Articles, or has more articles than
+            WeChat allows here.
     """
     if reply is None:
         return None
@@ -153,6 +158,8 @@ def answer(message: Message, reply: Reply, now: float) -> Message | None:
     if not kind or not isinstance(kind, str):
         raise ValueError("the reply has no MsgType")
     if kind == "text":
+        if not isinstance(fields.get("Content"), str):
+            raise ValueError("the text reply has no Content")
         content = _cut(_clean(fields["Content"]))
         if not content:
             return None
@@ -175,8 +182,13 @@ def _cut(content: str) -> str:
 
 
 def _check_articles(fields: Message, most: int) -> None:
-    articles = fields["Articles"]["item"]
-    count = len(articles) if isinstance(articles, list) else 1
+    match fields.get("Articles"):
+        case {"item": list(articles)}:
+            count = len(articles)
+        case {"item": dict()}:
+            count = 1
+        case _:
+            raise ValueError("the news reply has no Articles")
     if not 1 <= count <= most:
         raise ValueError(f"{count} articles: 1 to {MAX_ARTICLES} may answer an event, 1 a message")
 

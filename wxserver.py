@@ -43,7 +43,7 @@ _PARAMETERS = {
 }
 
 
-# Which of them a method needs; other methods are refused.
+# Which parameters a method needs; other methods are refused.
 _EXPECTED = {
     "GET": ("signature", "timestamp", "nonce", "echostr"),
     "POST": ("signature", "timestamp", "nonce"),
@@ -213,9 +213,9 @@ def main() -> None:
             log.info("%r %s", self.command, code)
 
         def log_error(self, *_: object) -> None:
-            log.info("a request that is no HTTP")
+            log.info("a request that is not HTTP")
 
-    parser = argparse.ArgumentParser(description=main.__doc__, epilog="In earnest: make run")
+    parser = argparse.ArgumentParser(description=main.__doc__, epilog="For real use: make run")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     port = parser.parse_args().port
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -81,7 +81,7 @@ def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> It
         port = probe.getsockname()[1]
     config = folder / f"{module}.ini"
     config.write_text(f"[wechat]\ntoken = {TOKEN}\n")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN"))}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))}
     environ |= {"WX_TOKEN": TOKEN, "WXSERVER_CONFIG": str(config), "PYTHONPATH": path}
     arguments = [str(gunicorn), "-c", "gunicorn.conf.py", "-b", f"127.0.0.1:{port}", module]
     with (folder / f"{module}.log").open("wb") as log:

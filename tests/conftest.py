@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import hypothesis
 import pytest
 from fake_api import APPID, APPSECRET, FakeApi
 
@@ -20,6 +21,8 @@ import wxcrypto
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "AAAAA"  # of the platform's worked examples
 NOW = 1714036504
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 os.environ["no_proxy"] = "127.0.0.1"  # whatever proxy the machine has, the tests talk to loopback
 
 
@@ -69,7 +72,9 @@ def run() -> Iterator[Run]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> Any:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN"))}
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))
+        }
         with log.open("wb") if log else contextlib.nullcontext(subprocess.PIPE) as output:
             process = subprocess.Popen(
                 [sys.executable, *arguments],

@@ -82,5 +82,6 @@ class Server:
 
 
 def gunicorn(run: Run, folder: Path, module: str = "wxserver", **env: str) -> Server:
+    env = {"HOME": str(folder), **env}  # so that a test sees what is left there
     arguments = ("-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-b", "127.0.0.1:{port}")
     return Server(run, folder, *arguments, module, **env)

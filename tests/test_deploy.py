@@ -79,6 +79,7 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     verify = [SYSTEMD, "verify", str(path)]
     result = subprocess.run(verify, capture_output=True, text=True, check=False)
     assert "wxserver.service" not in result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
     security = [SYSTEMD, "security", "--offline=true", "--threshold=20", str(path)]
     result = subprocess.run(security, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
@@ -87,6 +88,22 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
 def test_the_shipped_config_of_the_service_is_valid() -> None:
     config = wxconfig.load(ROOT / "deploy" / "config.ini", {})
     assert config.state_dir == Path("/var/lib/wxserver")
+
+
+def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_readme() -> None:
+    unit = (ROOT / "deploy" / "wxserver.service").read_text().splitlines()
+    for line in (
+        "WorkingDirectory=/opt/wxserver",
+        "Environment=WXSERVER_CONFIG=/etc/wxserver/config.ini",
+        "EnvironmentFile=-/etc/wxserver/environment",
+        "StateDirectory=wxserver",
+        "Type=notify",
+        "ExecStart=/opt/wxserver/.venv/bin/gunicorn wxserver",
+        "ExecReload=/opt/wxserver/.venv/bin/gunicorn --check-config wxserver",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+        "Restart=always",
+    ):
+        assert line in unit
 
 
 def test_the_environment_file_names_what_the_config_reads() -> None:

@@ -100,6 +100,7 @@ def test_broken_http_is_refused_without_a_500_or_a_traceback(server: Server) -> 
     for request in (
         b"GET /wx?%00%ff\xe4&&&=&signature HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /%0d%0aSet-Cookie:a HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /wx HTTP/1.1\r\nHost: a\r\nSCRIPT_NAME: /x\r\n\r\n",
         b"BREW /wx HTTP/1.1\r\nHost: a\r\n\r\n",
         b"\0\0\0\0\r\n\r\n",
         b"GET /wx",
@@ -180,6 +181,7 @@ def test_a_wrong_config_stops_the_start_with_one_line(
 def test_it_stops_at_once_when_told_and_leaves_only_its_token(run: Run, tmp_path: Path) -> None:
     server = gunicorn(run, tmp_path, WEB_CONCURRENCY="1").ready()
     assert server.ask(echostr="1") == (200, b"1")  # so the worker is up: before, gunicorn waits
+    assert sorted(os.listdir(tmp_path)) == ["config.ini", "log", "state"]
     server.process.terminate()
     assert server.process.wait(timeout=10) == 0
     assert sorted(os.listdir(tmp_path)) == ["config.ini", "log", "state"]

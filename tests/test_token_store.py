@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, Run, config_for
@@ -178,7 +179,7 @@ def test_a_lock_dies_with_its_holder(make: Maker, path: Path, fake_api: FakeApi,
 
 
 ASK = """
-import os, sys, time
+import sys
 from token_store import TokenStore
 path, appid, secret, api_base, stale = sys.argv[1:]
 store = TokenStore(path, appid, secret, api_base=api_base)
@@ -189,7 +190,7 @@ print(store.refresh(stale) if stale else store.get())
 
 
 def ask_at_once(run: Run, count: int, path: Path, api: FakeApi, stale: str = "") -> list[str]:
-    """Let ``count`` processes ask at one moment, each four times side by side in threads."""
+    """Let ``count`` processes ask at one moment."""
     arguments = ("-c", ASK, str(path), APPID, APPSECRET, api.base, stale)
     processes = [run(*arguments) for _ in range(count)]
     for process in processes:
@@ -267,11 +268,25 @@ def test_tokens_that_are_refused_one_after_another_are_not_burned(
     assert store.refresh(second) == fake_api.token != second
 
 
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_one_failure_at_a_refresh_costs_one_short_wait(
+    make: Maker, fake_api: FakeApi, clock: Clock, endpoint: str
+) -> None:
+    token = make(endpoint=endpoint).get()
+    fake_api.failure = b'{"errcode": -1, "errmsg": "system error"}'
+    with pytest.raises(TokenError, match="errcode -1"):
+        make(endpoint=endpoint).refresh(token)
+    fake_api.failure = None
+    clock.sleep(5.1)
+    assert make(endpoint=endpoint).refresh(token) == fake_api.token != token
+
+
 def test_a_force_that_failed_is_not_repeated_within_thirty_seconds(
     make: Maker, fake_api: FakeApi, clock: Clock
 ) -> None:
     token = make().get()
-    fake_api.expires_in = 0  # WeChat answers nonsense
+    answers = iter([7200, 0])  # the same token again, and nonsense when it is forced
+    fake_api.on_fetch = lambda: vars(fake_api).update(expires_in=next(answers))
     with pytest.raises(TokenError, match="how long it lives"):
         make().refresh(token)
     asked = len(fake_api.fetches)
@@ -336,6 +351,17 @@ def test_a_child_forked_during_a_fetch_does_not_keep_the_lock(
         for child in children:
             os.kill(child, 9)
             os.waitpid(child, 0)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Mock(fsync=Mock(wraps=os.fsync), replace=Mock(wraps=os.replace))
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    monkeypatch.setattr(os, "replace", disk.replace)
+    make().get()
+    done = [name for name, *_ in disk.mock_calls]
+    assert done == ["fsync", "replace"] * 2  # the proof that it can be written, and the token
 
 
 def test_what_a_killed_process_left_is_taken_over(
@@ -487,6 +513,12 @@ FAILURES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_every_errcode_of_the_platform_that_an_owner_meets_has_a_meaning() -> None:
+    known = {-1, 40001, 40002, 40013, 40014, 40125, 40164, 40243, 41002, 41004, 42001, 43002}
+    known |= {45009, 45011, 48001, 50004, 89503, 89506, 89507}
+    assert set(token_store.ADVICE) == known
+
+
 @pytest.mark.parametrize(("switches", "error"), FAILURES)
 def test_every_failure_is_one_line_that_says_what_happened(
     make: Maker, fake_api: FakeApi, switches: dict[str, Any], error: str
@@ -525,7 +557,7 @@ def test_the_errcode_is_there_for_programs(make: Maker, fake_api: FakeApi) -> No
 
 
 @pytest.mark.parametrize("switches", [{"delay": 5.0}, {"drip": 0.05, "failure": b" " * 500}])
-def test_an_api_too_slow_to_connect_to_answer_or_to_finish_is_left(
+def test_an_api_too_slow_to_answer_or_to_finish_is_left(
     make: Maker, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(token_store, "TIMEOUT", 0.2)

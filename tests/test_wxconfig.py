@@ -98,6 +98,8 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         ("[server]\nmax_age = -1\n", "[server] max_age: '-1': must be a whole number from 0"),
         ("[server]\nmax_body = 0\n", "[server] max_body: '0': must be a whole number from 1024"),
         ("[server]\npath = /微信\n", "[server] path: '/微信': must be a path such as /wx"),
+        ("[server]\nstate_dir = a\n  path = /b\n", "state_dir: 'a\\npath = /b': must be a folder"),
+        ("[server]\nstate_dir = ~/a\n", "[server] state_dir: '~/a': must be a folder, without ~"),
         ("[server]\nstate_dir = a ; b\n", "[server] state_dir: 'a ; b': must be a folder"),
         ("[server]\nstate_dir = a\0b\n", "[server] state_dir: 'a\\x00b': must be a folder"),
         ("[access_token]\napi_base = https://[::1\n", "must be https://HOST"),

@@ -1,5 +1,8 @@
 """The signature, by the platform's worked examples."""
 
+import hmac
+from unittest.mock import Mock
+
 import pytest
 
 import wxcrypto
@@ -28,6 +31,13 @@ def test_another_token_timestamp_or_nonce_is_not_verified() -> None:
 
 def test_an_empty_token_verifies_nothing_not_even_its_own_signature() -> None:
     assert not wxcrypto.verify(wxcrypto.sign("", "1714036504", "1"), "", "1714036504", "1")
+
+
+def test_signatures_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = Mock(wraps=hmac.compare_digest)
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert not wxcrypto.verify("0" * 40, "AAAAA", "1714036504", "1514711492")
+    compare.assert_called_once_with(b"f464b24fc39322e44b38aa78f5edd27bd1441696", b"0" * 40)
 
 
 def test_the_parts_are_sorted_as_bytes() -> None:

@@ -235,6 +235,25 @@ def test_a_reply_without_msgtype_is_a_clear_error(reply: dict[str, Any]) -> None
         answer(MESSAGE, reply, 0)
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"MsgType": "text"},
+        {"MsgType": "text", "Content": 5},
+        {"MsgType": "news"},
+        {"MsgType": "news", "Articles": {"item": "x"}},
+    ],
+)
+def test_a_reply_by_hand_without_its_content_is_a_clear_error(reply: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"reply has no (Content|Articles)"):
+        answer(MESSAGE, reply, 0)
+
+
+def test_an_encrypted_message_is_refused_with_what_to_do() -> None:
+    with pytest.raises(MessageError, match="encrypted; choose 明文模式"):
+        wxmessage.check({"ToUserName": "gh_1", "Encrypt": "abc"})
+
+
 @pytest.mark.parametrize("character", ["a", "é", "你", "😀"])
 @pytest.mark.parametrize("shift", range(4))
 def test_a_long_text_is_cut_between_characters_and_says_so(character: str, shift: int) -> None:
