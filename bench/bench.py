@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import token_store
+import wxcrypto
+import wxserver
+from wxconfig import Config
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-
-import token_store  # noqa: E402  the project's own, beside this folder
-import wxcrypto  # noqa: E402
-import wxserver  # noqa: E402
-from wxconfig import Config  # noqa: E402
-
 TOKEN = "AAAAA"
 BODY = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
 <FromUserName><![CDATA[o9AgO5Kd5ggOC-bXrbNODIiE3bGY]]></FromUserName>
