@@ -17,6 +17,7 @@ NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin")
 SYSTEMD = shutil.which("systemd-analyze")
 
 
+# .ci/run installs what these two need; to run or to edit the server, nobody needs it.
 @pytest.mark.skipif(not NGINX or not shutil.which("openssl"), reason="needs nginx and openssl")
 def test_a_message_comes_through_the_nginx_site_and_its_log_has_no_signature(
     run: Run, tmp_path: Path

@@ -42,6 +42,7 @@ def test_a_message_is_echoed(server: Server) -> None:
     assert from_xml(body)["Content"] == "你好"
 
 
+# .ci/run installs curl; the README's reader may have to.
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_message_that_the_readme_sends_by_hand_is_answered(server: Server) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
