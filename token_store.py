@@ -174,7 +174,7 @@ class TokenStore:
         age, up = self._clock() - state.fetched_at, self._uptime() - state.uptime
         if age < -CLOCK_STEP or up < 0:  # the clock was set back, or the machine started anew
             return 0.0
-        return state.expires_in - max(age, up)
+        return state.expires_in - (age if age > up else up)
 
     def _is_fresh(self, state: _State, left: float) -> bool:
         # Half of its life at least, or a short-lived token would be fetched at every call.
@@ -286,12 +286,12 @@ class TokenStore:
             self._cache = (key, state)
         return state
 
-    def _key(self) -> tuple[int, int, int] | None:
+    def _key(self) -> tuple[int, int] | None:
         try:
             stat = os.stat(self._path)
         except OSError:
             return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+        return stat.st_ino, stat.st_mtime_ns
 
     def _load(self) -> _State:
         try:

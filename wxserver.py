@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
@@ -34,19 +35,17 @@ NOT_FOUND = "404 Not Found"
 METHOD_NOT_ALLOWED = "405 Method Not Allowed"
 CONTENT_TOO_LARGE = "413 Content Too Large"
 
-# What each parameter of the query looks like; echostr is any bytes, read as latin-1.
-_PARAMETERS = {
+_PAIR = re.compile("(?:^|&)([^&=]*)=?([^&]*)")
+
+# Which parameters a method needs, and what each looks like; other methods are refused.
+_SIGNED = {
     "signature": re.compile("[0-9a-f]{40}"),
     "timestamp": re.compile("[0-9]{1,11}"),
     "nonce": re.compile("[!-~]{1,128}"),
-    "echostr": re.compile("[\x00-\xff]{1,1024}"),
 }
-
-
-# Which parameters a method needs; other methods are refused.
 _EXPECTED = {
-    "GET": ("signature", "timestamp", "nonce", "echostr"),
-    "POST": ("signature", "timestamp", "nonce"),
+    "GET": _SIGNED | {"echostr": re.compile("[\x00-\xff]{1,1024}")},  # any bytes, as latin-1
+    "POST": _SIGNED,
 }
 
 _TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
@@ -111,18 +110,19 @@ def _route(environ: WSGIEnvironment, path: str) -> str:
     return method
 
 
-def _query(query_string: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the parameters; those in ``names`` must be there, each once and well-formed."""
-    query: dict[str, str] = {}
-    for pair in query_string.split("&"):
-        name, _, value = pair.partition("=")
-        if name in query:
-            raise Refused(BAD_REQUEST, f"{name[:20]!r} is repeated")
-        query[name] = unquote_plus(value, "latin-1") if "%" in value or "+" in value else value
-    for name in names:
+def _query(query_string: str, expected: dict[str, re.Pattern[str]]) -> dict[str, str]:
+    """Return the parameters; the expected ones must be there, each once and well-formed."""
+    pairs = _PAIR.findall(query_string)
+    query: dict[str, str] = dict(pairs)
+    if len(query) < len(pairs):
+        [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise Refused(BAD_REQUEST, f"{repeated[:20]!r} is repeated")
+    if "%" in query_string or "+" in query_string:
+        query = {name: unquote_plus(value, "latin-1") for name, value in query.items()}
+    for name, pattern in expected.items():
         if name not in query:
             raise Refused(BAD_REQUEST, f"{name} is missing")
-        if not _PARAMETERS[name].fullmatch(query[name]):
+        if not pattern.fullmatch(query[name]):
             raise Refused(BAD_REQUEST, f"{name} is malformed")
     return query
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from conftest import message_xml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxmessage
@@ -59,6 +60,8 @@ def test_a_doctype_inside_a_text_is_only_text() -> None:
         (b"<xml></xml><xml></xml>", "not well-formed"),
         (b"<xml>\x00</xml>", "not UTF-8"),
         (b"<xml><a>&unknown;</a></xml>", "not well-formed"),
+        (b"<xml><a><![CDATA[\x0b]]></a></xml>", "not well-formed"),
+        ("<xml><a>\uffff</a></xml>".encode(), "not well-formed"),
         ("<xml><a>你</a></xml>".encode("gbk"), "not well-formed"),
         ("<xml><a>b</a></xml>".encode("utf-16"), "not UTF-8"),
         ("<xml><a>b</a></xml>".encode("utf-16-le"), "not UTF-8"),
@@ -129,6 +132,42 @@ def test_any_text_is_written_as_xml_less_what_xml_forbids(text: str) -> None:
 def test_no_bytes_at_all_do_more_than_raise_message_error(body: bytes) -> None:
     with contextlib.suppress(MessageError):
         assert isinstance(from_xml(body), dict)
+
+
+def tree(element: ElementTree.Element) -> Any:
+    """Turn what the standard library reads into what ``from_xml`` promises."""
+    fields: dict[str, list[Any]] = {}
+    for child in element:
+        fields.setdefault(child.tag, []).append(tree(child))
+    return {n: v if len(v) > 1 else v[0] for n, v in fields.items()} or element.text or ""
+
+
+MARKUP = (
+    "<a> </a> <b> </b> <a/> <c.d> <![CDATA[ ]]> ] ]] > & &amp; &#20320; &#0; < ' = <!-- --> <?p ?>"
+    " <xml> </xml> <xml/> <a b='c'> <你> </你> text 你 😀 \r\n <a\n>"
+)
+CHARACTERS = " \n\r\t\v\f\x1f\x7f\xa0\ufeff\uffff"
+fragment = st.sampled_from([*MARKUP.split(" "), *CHARACTERS])
+fragments = st.lists(fragment, max_size=6).map("".join)
+elements = st.builds("<{0}>{1}</{0}>".format, st.sampled_from("abc"), fragments)
+cdata = st.builds("<{0}><![CDATA[{1}]]></{0}>".format, st.sampled_from("abc"), fragments)
+bodies = st.lists(st.one_of(elements, cdata, fragments), max_size=5).map("".join)
+
+
+@settings(max_examples=1000)
+@given(fragments, bodies, fragments)
+def test_any_xml_is_read_or_refused_as_the_standard_library_does(
+    before: str, inside: str, after: str
+) -> None:
+    for body in (f"<xml>{inside}</xml>", f"{before}<xml>{inside}</xml>{after}"):
+        root = None
+        with contextlib.suppress(ElementTree.ParseError):
+            root = ElementTree.fromstring(body.encode())
+        if root is None or root.tag != "xml":
+            with pytest.raises(MessageError):
+                from_xml(body.encode())
+        else:
+            assert from_xml(body.encode()) == (tree(root) if len(root) else {})
 
 
 def test_the_end_of_cdata_cannot_be_smuggled_past_a_dropped_character() -> None:
