@@ -134,17 +134,19 @@ def _elements(fields: Message) -> str:
         # The regex alone would do; WeChat's own names all pass the quicker test before it.
         if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
-        for item in value if isinstance(value, list) else (value,):
-            if isinstance(item, str):
-                # Forbidden characters first: without them a new "]]>" may stand there.
-                inner = f"<![CDATA[{_clean(item).replace(']]>', ']]]]><![CDATA[>')}]]>"
-            elif isinstance(item, dict):
-                inner = _elements(item)
-            elif type(item) is int:
-                inner = str(item)
-            else:
-                raise TypeError(f"{name} is a {type(item).__name__}, not a str, int, dict or list")
-            parts.append(f"<{name}>{inner}</{name}>")
+        if isinstance(value, str):
+            content = _clean(value)  # first: without what is dropped, a new "]]>" may stand there
+            if "]]>" in content:
+                content = content.replace("]]>", "]]]]><![CDATA[>")
+            parts.append(f"<{name}><![CDATA[{content}]]></{name}>")
+        elif type(value) is int:
+            parts.append(f"<{name}>{value}</{name}>")
+        elif isinstance(value, dict):
+            parts.append(f"<{name}>{_elements(value)}</{name}>")
+        elif isinstance(value, list):
+            parts += [_elements({name: item}) for item in value]
+        else:
+            raise TypeError(f"{name} is a {type(value).__name__}, not a str, int, dict or list")
     return "".join(parts)
 
 
