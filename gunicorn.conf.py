@@ -42,8 +42,11 @@ logging.basicConfig(
 def on_starting(_server: Any) -> None:
     """Let a wrong config.ini stop the start with one line, before there is a worker."""
     import wxconfig
+    import wxcrypto
 
     try:
-        wxconfig.callback_token(wxconfig.load())
+        config = wxconfig.load()
+        wxcrypto.from_config(config)
+        wxconfig.callback_token(config)
     except wxconfig.ConfigError as error:
         sys.exit(f"wxserver: {error}")

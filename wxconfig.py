@@ -28,6 +28,8 @@ class Config:
     token: str = field(default="", repr=False)
     appid: str = ""
     appsecret: str = field(default="", repr=False)
+    encoding_aes_key: str = field(default="", repr=False)
+    encryption: str = ""  # safe when there is a key, else plain
     path: str = "/wx"
     max_age: int = 300  # seconds
     max_body: int = 1048576  # bytes
@@ -35,6 +37,21 @@ class Config:
     endpoint: str = "stable_token"
     margin: int = 240  # seconds
     api_base: str = "https://api.weixin.qq.com"
+
+    def __post_init__(self) -> None:
+        """Choose the default of ``encryption``, and see that it has what it needs.
+
+        Raises:
+            ConfigError: a key without an AppID, or ``encryption`` without a key.
+        """
+        encryption = self.encryption or ("safe" if self.encoding_aes_key else "plain")
+        object.__setattr__(self, "encryption", encryption)
+        if self.encoding_aes_key and not self.appid:
+            raise ConfigError("[wechat] encoding_aes_key: needs appid too, or WX_APPID")
+        if encryption != "plain" and not self.encoding_aes_key:
+            raise ConfigError(
+                f"[wechat] encryption: {encryption} needs encoding_aes_key, or WX_ENCODING_AES_KEY"
+            )
 
 
 def _text(pattern: str, allowed: str) -> Callable[[str], str]:
@@ -64,6 +81,11 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "token": _text(f"({TOKEN})?", "3 to 32 letters or digits, or empty"),
         "appid": _text("[0-9A-Za-z_-]*", "letters and digits, as in the console"),
         "appsecret": _text("[0-9A-Za-z]*", "letters and digits, as in the console"),
+        "encoding_aes_key": _text(
+            "([0-9A-Za-z+/]{43})?",
+            "the 43 letters or digits of the console's EncodingAESKey, or empty",
+        ),
+        "encryption": _text("(plain|compatible|safe)?", "plain, compatible or safe, or empty"),
     },
     "server": {
         "path": _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #"),
@@ -80,7 +102,12 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "api_base": _text(_API_BASE, "https://HOST, or http:// on 127.0.0.1 or localhost"),
     },
 }
-_ENVIRONMENT = {"WX_TOKEN": "token", "WX_APPID": "appid", "WX_APPSECRET": "appsecret"}
+_ENVIRONMENT = {
+    "WX_TOKEN": "token",
+    "WX_APPID": "appid",
+    "WX_APPSECRET": "appsecret",
+    "WX_ENCODING_AES_KEY": "encoding_aes_key",
+}
 
 
 def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -89,7 +116,8 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
     Args:
         path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
             this module. Relative paths in it are relative to it.
-        environ: where WX_TOKEN, WX_APPID and WX_APPSECRET win over the file when they are set.
+        environ: where WX_TOKEN, WX_APPID, WX_APPSECRET and WX_ENCODING_AES_KEY win over the file
+            when they are set.
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
@@ -109,7 +137,10 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
             values[key] = _convert("wechat", key, value, f"environment: {name}")
     values["state_dir"] = path.parent / values.get("state_dir", "state")
     values["api_base"] = values.get("api_base", Config.api_base).rstrip("/")
-    return Config(**values)
+    try:
+        return Config(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:

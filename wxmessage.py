@@ -162,7 +162,10 @@ def check(message: Message) -> None:
             message is encrypted.
     """
     if "Encrypt" in message and "MsgType" not in message:
-        raise MessageError("it is encrypted; choose 明文模式 in WeChat's console")
+        raise MessageError(
+            "the message is encrypted; set [wechat] encoding_aes_key and encryption to what WeChat's"
+            " console says, or choose 明文模式 there"
+        )
     for name in ("ToUserName", "FromUserName", "MsgType"):
         if not (isinstance(message.get(name), str) and message[name]):
             raise MessageError(f"no {name}")

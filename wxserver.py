@@ -19,6 +19,7 @@ import wxconfig
 import wxcrypto
 import wxmessage
 from wxconfig import Config, ConfigError
+from wxcrypto import DecryptError
 from wxmessage import Message, MessageError, Reply
 
 if TYPE_CHECKING:
@@ -34,16 +35,16 @@ NOT_FOUND = "404 Not Found"
 METHOD_NOT_ALLOWED = "405 Method Not Allowed"
 CONTENT_TOO_LARGE = "413 Content Too Large"
 
-# Which parameters a method needs, and what each looks like; other methods are refused.
-_SIGNED = {
-    "signature": re.compile("[0-9a-f]{40}"),
-    "timestamp": re.compile("[0-9]{1,11}"),
-    "nonce": re.compile("[!-~]{1,128}"),
-}
-_EXPECTED = {
-    "GET": _SIGNED | {"echostr": re.compile("[\x00-\xff]{1,1024}")},  # any bytes, as latin-1
-    "POST": _SIGNED,
-}
+# What a query needs, and how it looks. Of an encrypted message msg_signature is what counts: it
+# covers the body, and signature does not.
+_HEX = re.compile("[0-9a-f]{40}")
+_DATED = {"timestamp": re.compile("[0-9]{1,11}"), "nonce": re.compile("[!-~]{1,128}")}
+_SIGNED = {"signature": _HEX} | _DATED
+_ENCRYPTED = {"msg_signature": _HEX} | _DATED
+_VERIFICATION = _SIGNED | {"echostr": re.compile("[\x00-\xff]{1,1024}")}  # any bytes, as latin-1
+_METHODS = ("GET", "POST")
+
+_STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
 _TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML = [("Content-Type", "application/xml")]
@@ -70,27 +71,45 @@ def create_application(
         clock: Unix time in seconds.
 
     Raises:
-        ConfigError: no Token is set, and none can be made and kept in ``state_dir``.
+        ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
+            ``encryption`` needs a package that is not installed.
     """
+    cipher = wxcrypto.from_config(config)
     token = wxconfig.callback_token(config)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, now = "200 OK", _TEXT, clock()
         try:
             method = _route(environ, config.path)
-            query = _query(environ.get("QUERY_STRING", ""), _EXPECTED[method])
-            _gate(query, token, config.max_age, now)
+            query = _query(environ.get("QUERY_STRING", ""))
+            sealed = cipher if query.get("encrypt_type") == "aes" else None
             if method == "GET":
+                _expect(query, _VERIFICATION)
+                _gate(query, query["signature"], config.max_age, now, token)
                 body = query["echostr"].encode("latin-1")
+            elif config.encryption == "safe" and not sealed:
+                raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")
             else:
-                message = _message(_body(environ, config.max_body))
+                if sealed:
+                    _expect(query, _ENCRYPTED)
+                    encrypt = _encrypt(_body(environ, config.max_body))
+                    _gate(query, query["msg_signature"], config.max_age, now, token, encrypt)
+                    xml = sealed.decrypt(encrypt)
+                else:
+                    _expect(query, _SIGNED)
+                    _gate(query, query["signature"], config.max_age, now, token)
+                    xml = _body(environ, config.max_body)
+                message = wxmessage.from_xml(xml)
+                wxmessage.check(message)
                 headers, body = _answer(message, reply, now)
-        except Refused as refused:
-            status = refused.status
+                if sealed and headers is _XML:  # success stays in the clear
+                    body = _envelope(sealed.encrypt(body), token, query["nonce"], now)
+        except (Refused, MessageError, DecryptError) as error:
+            status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
             body = f"{status}\n".encode()
-            log.warning("%s: %s", status, refused)
+            log.warning("%s: %s", status, error)
             if status == METHOD_NOT_ALLOWED:
-                headers = [*_TEXT, ("Allow", ", ".join(_EXPECTED))]
+                headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
@@ -102,13 +121,12 @@ def _route(environ: WSGIEnvironment, path: str) -> str:
         asked = environ.get("PATH_INFO", "")[:80]
         raise Refused(NOT_FOUND, f"{asked!r} was asked for; the callback is at {path!r}")
     method: str = environ["REQUEST_METHOD"]
-    if method not in _EXPECTED:
+    if method not in _METHODS:
         raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}")
     return method
 
 
-def _query(query_string: str, expected: dict[str, re.Pattern[str]]) -> dict[str, str]:
-    """Return the parameters; the expected ones must be there, each once and well-formed."""
+def _query(query_string: str) -> dict[str, str]:
     query: dict[str, str] = {}
     for pair in query_string.split("&"):
         name, _, value = pair.partition("=")
@@ -117,16 +135,21 @@ def _query(query_string: str, expected: dict[str, re.Pattern[str]]) -> dict[str,
         query[name] = value
     if "%" in query_string or "+" in query_string:
         query = {name: unquote_plus(value, "latin-1") for name, value in query.items()}
-    for name, pattern in expected.items():
-        if not pattern.fullmatch(query.get(name, "")):
-            raise Refused(BAD_REQUEST, f"{name} is {'malformed' if name in query else 'missing'}")
     return query
 
 
-def _gate(query: dict[str, str], token: str, max_age: int, now: float) -> None:
+def _expect(query: dict[str, str], patterns: dict[str, re.Pattern[str]]) -> None:
+    for name, pattern in patterns.items():
+        if not pattern.fullmatch(query.get(name, "")):
+            raise Refused(BAD_REQUEST, f"{name} is {'malformed' if name in query else 'missing'}")
+
+
+def _gate(
+    query: dict[str, str], signature: str, max_age: int, now: float, token: str, *parts: str
+) -> None:
     """Let nobody in but WeChat, and nothing signed more than ``max_age`` seconds from now."""
     timestamp = query["timestamp"]
-    if not wxcrypto.verify(query["signature"], token, timestamp, query["nonce"]):
+    if not wxcrypto.verify(signature, token, timestamp, query["nonce"], *parts):
         raise Refused(FORBIDDEN, "wrong signature; is the Token the one in WeChat's console?")
     age = now - int(timestamp)
     if max_age and abs(age) > max_age:
@@ -159,13 +182,11 @@ def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
     return body
 
 
-def _message(body: bytes) -> Message:
-    try:
-        message = wxmessage.from_xml(body)
-        wxmessage.check(message)
-    except MessageError as error:
-        raise Refused(BAD_REQUEST, f"no message of WeChat's: {error}") from None
-    return message
+def _encrypt(body: bytes) -> str:
+    encrypt = wxmessage.from_xml(body).get("Encrypt")
+    if not isinstance(encrypt, str):
+        raise Refused(FORBIDDEN, "the body has no Encrypt")
+    return encrypt
 
 
 def _answer(
@@ -182,6 +203,18 @@ def _answer(
     except BaseException:
         log.exception("reply() failed for MsgType %r; answered success", kind[:32])
     return _TEXT, b"success"
+
+
+def _envelope(encrypt: str, token: str, nonce: str, now: float) -> bytes:
+    timestamp = int(now)
+    return wxmessage.to_xml(
+        {
+            "Encrypt": encrypt,
+            "MsgSignature": wxcrypto.sign(token, str(timestamp), nonce, encrypt),
+            "TimeStamp": timestamp,
+            "Nonce": nonce,
+        }
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import token_store
 import wxcrypto
+import wxmessage
 import wxserver
 from wxconfig import Config
 
@@ -45,6 +46,8 @@ BODY = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
 <MsgId>24500000000000001</MsgId>
 </xml>""".encode()
 ECHO = "你好 hello".encode()
+KEY, APPID = "A" * 43, "wxba5fad812f8e6fb9"
+ENCRYPTED = "wxserver, encrypted"
 CONNECTIONS = 16
 REUSE = {"kept": 20, "new": 1}  # requests a connection
 PEERS = {"WeRoBot": "peer_werobot", "wechatpy + Flask": "peer_wechatpy"}
@@ -57,11 +60,23 @@ def query(**more: str) -> str:
     return urlencode({"signature": signature, "timestamp": timestamp, "nonce": nonce, **more})
 
 
+def message(encrypted: bool = False) -> tuple[str, bytes]:
+    """Return the query and the body of a follower's message."""
+    if not encrypted:
+        return query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY"), BODY
+    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(BODY)
+    fields = dict(parse_qsl(query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY", encrypt_type="aes")))
+    fields["msg_signature"] = wxcrypto.sign(TOKEN, fields["timestamp"], fields["nonce"], encrypt)
+    body = wxmessage.to_xml({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypt})
+    return urlencode(fields), body
+
+
 @dataclass
 class Server:
     """A gunicorn that serves one module."""
 
     name: str
+    encrypted: bool
     port: int
     process: subprocess.Popen[bytes]
 
@@ -77,31 +92,35 @@ def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> It
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = folder / f"{module}.ini"
-    config.write_text(f"[wechat]\ntoken = {TOKEN}\n")
+    config = folder / f"{port}.ini"
+    encrypted = name == ENCRYPTED
+    key = f"appid = {APPID}\nencoding_aes_key = {KEY}\n" if encrypted else ""
+    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))}
     environ |= {"WX_TOKEN": TOKEN, "WXSERVER_CONFIG": str(config), "PYTHONPATH": path}
     arguments = [str(gunicorn), "-c", "gunicorn.conf.py", "-b", f"127.0.0.1:{port}", module]
-    with (folder / f"{module}.log").open("wb") as log:
+    with (folder / f"{port}.log").open("wb") as log:
         process = subprocess.Popen(arguments, env=environ, cwd=ROOT, stdout=log, stderr=log)
     try:
-        load(port, 0.3, patience=20)
-        yield Server(name, port, process)
+        load(port, 0.3, encrypted, patience=20)
+        yield Server(name, encrypted, port, process)
     finally:
         process.terminate()
         process.wait()
 
 
-def load(port: int, seconds: float, reuse: int = 1, patience: float = 0) -> float:
+def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: float = 0) -> float:
     """Send echoes over ``CONNECTIONS`` connections at a time; return how many a second came back.
 
     Raises:
         RuntimeError: an answer is not the echo.
     """
+    query, body = message(encrypted)
     request = (
-        f"POST /wx?{query(openid='o9AgO5Kd5ggOC-bXrbNODIiE3bGY')} HTTP/1.1\r\nHost: wx.example.com"
-        f"\r\nContent-Type: text/xml\r\nContent-Length: {len(BODY)}\r\n\r\n"
-    ).encode() + BODY
+        f"POST /wx?{query} HTTP/1.1\r\nHost: wx.example.com"
+        f"\r\nContent-Type: text/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    expected = b"<Encrypt>" if encrypted else ECHO  # to decrypt each would measure the client
     poll, ready = select.epoll(), time.monotonic() + patience
     open_: dict[int, tuple[socket.socket, int]] = {}
 
@@ -124,7 +143,7 @@ def load(port: int, seconds: float, reuse: int = 1, patience: float = 0) -> floa
             length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
             if data and not (length and len(body) >= int(length[1])):
                 continue
-            if not head.startswith(b"HTTP/1.1 200 ") or ECHO not in body:
+            if not head.startswith(b"HTTP/1.1 200 ") or expected not in body:
                 raise RuntimeError(f"no echo: {parts[fd][:200]!r}")
             count, parts[fd] = count + 1, b""
             if asked < reuse:
@@ -137,6 +156,10 @@ def load(port: int, seconds: float, reuse: int = 1, patience: float = 0) -> floa
     for connection, _ in open_.values():
         connection.close()
     poll.close()
+    if encrypted:
+        body = wxcrypto.MessageCipher(KEY, APPID).decrypt(wxmessage.from_xml(body)["Encrypt"])
+        if ECHO not in body:
+            raise RuntimeError("the last answer does not hold the echo")
     return count / (now - began)
 
 
@@ -174,6 +197,7 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     """Print the echo's throughput, CPU and memory beside those of the bare callable."""
     own = Path(sys.executable).with_name("gunicorn")
     start = [("bare callable", "bare", own, str(HERE)), ("wxserver", "wxserver", own, "")]
+    start += [(ENCRYPTED, "wxserver", own, "")]
     if peers:
         start += [(name, module, peers, str(HERE)) for name, module in PEERS.items()]
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)  # requests per second
@@ -187,7 +211,7 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
             for server in servers:
                 pids = server.workers()
                 before = cpu_seconds(pids)
-                rate = load(server.port, seconds, reuse)
+                rate = load(server.port, seconds, server.encrypted, reuse)
                 rates[server.name, way].append(rate)
                 cpu[server.name, way].append((cpu_seconds(pids) - before) / (rate * seconds) * 1e6)
                 memory[server.name].append(pss(pids))
@@ -207,13 +231,16 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
 
 def in_process(rounds: int) -> None:
     """Print what the callable and ``TokenStore.get()`` take by themselves."""
-    application: Any = wxserver.create_application(Config(token=TOKEN))
-    environ = {"PATH_INFO": "/wx", "QUERY_STRING": query(echostr="4375120948345356249")}
-    get = environ | {"REQUEST_METHOD": "GET"}
-    post = environ | {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": str(len(BODY))}
+    plain, safe = Config(token=TOKEN), Config(token=TOKEN, appid=APPID, encoding_aes_key=KEY)
 
-    def call(environ: dict[str, Any]) -> None:
-        list(application({**environ, "wsgi.input": io.BytesIO(BODY)}, lambda *_: None))
+    def call(config: Config, method: str, query: str, body: bytes) -> Callable[[], object]:
+        application: Any = wxserver.create_application(config)
+        length = str(len(body))
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": "/wx", "CONTENT_LENGTH": length}
+        environ["QUERY_STRING"] = query
+        return lambda: list(
+            application({**environ, "wsgi.input": io.BytesIO(body)}, lambda *_: None)
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "access_token.json"
@@ -223,8 +250,9 @@ def in_process(rounds: int) -> None:
         path.write_text(json.dumps(token | age))
         assert store.get() == "T" * 512
         figures: dict[str, tuple[Callable[[], object], int, list[float]]] = {
-            "POST, an echo": (lambda: call(post), 2000, []),
-            "GET, a verification": (lambda: call(get), 5000, []),
+            "POST, an echo": (call(plain, "POST", *message()), 2000, []),
+            "POST, encrypted": (call(safe, "POST", *message(encrypted=True)), 1000, []),
+            "GET, a verification": (call(plain, "GET", query(echostr="4375"), b""), 5000, []),
             "TokenStore.get()": (store.get, 20000, []),
         }
         for _ in range(rounds):

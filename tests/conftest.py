@@ -20,6 +20,7 @@ import wxcrypto
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "AAAAA"  # of the platform's worked examples
+KEY = "A" * 43
 NOW = 1714036504
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
@@ -32,6 +33,16 @@ def signed(
     """Return the query of a request as WeChat signs it."""
     signature = wxcrypto.sign(token, str(timestamp), nonce)
     return urlencode({"signature": signature, "timestamp": str(timestamp), "nonce": nonce, **more})
+
+
+def sealed(
+    xml: bytes, token: str = TOKEN, timestamp: object = NOW, nonce: str = "1514711492"
+) -> tuple[str, bytes]:
+    """Return the query and the body of an encrypted message as WeChat sends it."""
+    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(xml)
+    signature = wxcrypto.sign(token, str(timestamp), nonce, encrypt)
+    query = signed(token, timestamp, nonce, encrypt_type="aes", msg_signature=signature)
+    return query, f"<xml><ToUserName>gh_1</ToUserName><Encrypt>{encrypt}</Encrypt></xml>".encode()
 
 
 def message_xml(content: str = "hello", **fields: str) -> bytes:

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, Run, signed
+from conftest import ROOT, Run, sealed, signed
 
 
 def free_port() -> int:
@@ -65,7 +65,14 @@ class Server:
     def ask(
         self, body: bytes | None = None, path: str = "/wx", base: str = "", **more: str
     ) -> tuple[int, bytes]:
-        url = f"{base or self.base}{path}?{signed(self.token(), int(time.time()), **more)}"
+        query = signed(self.token(), int(time.time()), **more)
+        return self._send(f"{base or self.base}{path}?{query}", body)
+
+    def ask_sealed(self, xml: bytes) -> tuple[int, bytes]:
+        query, body = sealed(xml, self.token(), int(time.time()))
+        return self._send(f"{self.base}/wx?{query}", body)
+
+    def _send(self, url: str, body: bytes | None) -> tuple[int, bytes]:
         trusting = ssl._create_unverified_context()  # of a test's own certificate
         try:
             with urllib.request.urlopen(url, body, timeout=10, context=trusting) as answer:

@@ -41,6 +41,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         token = abc123
         appid = wxba5fad812f8e6fb9
         appsecret = 0123456789abcdef
+        encoding_aes_key = AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+        encryption = compatible
         [server]
         path = /hook/wx
         max_age = 0
@@ -56,6 +58,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         token="abc123",
         appid="wxba5fad812f8e6fb9",
         appsecret="0123456789abcdef",
+        encoding_aes_key="A" * 43,
+        encryption="compatible",
         path="/hook/wx",
         max_age=0,
         max_body=65536,
@@ -93,6 +97,13 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         (f"[wechat]\ntoken = {'a' * 33}\n", "[wechat] token: must be 3 to 32"),
         ("[wechat]\nappid = a b\n", "[wechat] appid: must be letters and digits"),
         ("[wechat]\nappsecret = a%b\n", "[wechat] appsecret: must be letters and digits"),
+        (f"[wechat]\nencoding_aes_key = {'A' * 42}\n", "encoding_aes_key: must be the 43 letters"),
+        (f"[wechat]\nencoding_aes_key = {'A' * 44}\n", "encoding_aes_key: must be the 43 letters"),
+        (f"[wechat]\nencoding_aes_key = {'A' * 42}-\n", "encoding_aes_key: must be the 43 letters"),
+        (f"[wechat]\nencoding_aes_key = {'A' * 43}\n", "encoding_aes_key: needs appid too"),
+        ("[wechat]\nencryption = aes\n", "encryption: must be plain, compatible or safe"),
+        ("[wechat]\nappid = wx1\nencryption = safe\n", "encryption: safe needs encoding_aes_key"),
+        ("[wechat]\nencryption = compatible\n", "encryption: compatible needs encoding_aes_key"),
         ("[server]\npath = wx\n", "[server] path: 'wx': must be a path such as /wx"),
         ("[server]\nmax_age = 5m\n", "[server] max_age: '5m': must be a whole number from 0"),
         ("[server]\nmax_age = -1\n", "[server] max_age: '-1': must be a whole number from 0"),
@@ -140,11 +151,23 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         load(tmp_path / "nothing.ini", {})
 
 
+def test_a_key_means_safe_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    path = ini(tmp_path, "[wechat]\nappid = wx1\n")
+    assert load(path, {}).encryption == "plain"
+    environ = {"WX_ENCODING_AES_KEY": "A" * 43}
+    assert load(path, environ).encryption == "safe"
+    for encryption in ("plain", "compatible", "safe"):
+        path = ini(tmp_path, f"[wechat]\nappid = wx1\nencryption = {encryption}\n")
+        assert load(path, environ).encryption == encryption
+
+
 def test_a_config_does_not_print_its_secrets() -> None:
-    shown = repr(Config(token="tttttt", appid="wxshown", appsecret="ssssss"))
+    key = "k" * 43
+    shown = repr(Config(token="tttttt", appid="wxshown", appsecret="ssssss", encoding_aes_key=key))
     assert "wxshown" in shown
     assert "tttttt" not in shown
     assert "ssssss" not in shown
+    assert key not in shown
 
 
 def test_the_readme_and_config_ini_explain_every_key() -> None:

@@ -289,7 +289,7 @@ def test_a_reply_by_hand_without_its_content_is_a_clear_error(reply: dict[str, A
 
 
 def test_an_encrypted_message_is_refused_with_what_to_do() -> None:
-    with pytest.raises(MessageError, match="encrypted; choose 明文模式"):
+    with pytest.raises(MessageError, match="is encrypted; set"):
         wxmessage.check({"ToUserName": "gh_1", "Encrypt": "abc"})
 
 

@@ -237,22 +237,22 @@ def test_an_unsigned_body_is_not_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "why"),
     [
-        b"",
-        b"{}",
-        b"<xml><a>b</a></xml>",
-        b"<html/>",
-        b'<!DOCTYPE x [<!ENTITY a "b">]><xml><MsgType>&a;</MsgType></xml>',
-        message_xml().replace(b"hello", b"\xff\xfe"),
+        (b"", "not well-formed XML"),
+        (b"{}", "not well-formed XML"),
+        (b"<xml><a>b</a></xml>", "no ToUserName"),
+        (b"<html/>", "the root element is not xml"),
+        (b'<!DOCTYPE x [<!ENTITY a "b">]><xml><MsgType>&a;</MsgType></xml>', "a DOCTYPE"),
+        (message_xml().replace(b"hello", b"\xff\xfe"), "not well-formed XML"),
     ],
 )
 def test_a_body_that_is_no_message_is_400_and_the_log_says_why(
-    app: Any, body: bytes, caplog: pytest.LogCaptureFixture
+    app: Any, body: bytes, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = app.post(f"/wx?{signed()}", body, **ANY)
     assert (answer.status_int, answer.body) == (400, b"400 Bad Request\n")
-    assert "no message of WeChat's: " in caplog.text
+    assert f"400 Bad Request: {why}" in caplog.text
 
 
 queries = st.one_of(
