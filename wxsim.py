@@ -1,0 +1,251 @@
+"""WeChat on your own machine: try the bot without an account, a public address or a phone.
+
+    python wxsim.py verify          what the console does on 提交, and what it would say
+    python wxsim.py text hello      a follower's message; so image, voice, location, link, …
+    python wxsim.py event CLICK --key menu1
+    python wxsim.py --raw FILE      a body as it is
+    python wxsim.py chat            a conversation in the terminal
+    python wxsim.py load            a steady stream of messages, checked and timed
+    python wxsim.py api             a fake api.weixin.qq.com
+
+The local server and its config.ini are what all of it talks to by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import shlex
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import wxconfig
+import wxsim_messages
+import wxsim_wire
+from wxconfig import Config, ConfigError
+from wxmessage import to_xml
+from wxsim_messages import EVENTS, MESSAGES
+from wxsim_wire import Account, Answer
+
+CHAT_HELP = """\
+What you type goes to the account as a text. Besides that there are
+  /image, /voice, /video, /shortvideo, /location, /link    with NAME=VALUE for other fields
+  /event EVENT [KEY] [NAME=VALUE]   /event subscribe, /event CLICK menu1, /event SCAN 42
+  /as NAME     be another follower       /xml     show the wire, or no longer
+  /help        this                      /quit    or Ctrl-D"""
+
+
+def send(to: Account, xml: bytes, follower: str, wire: bool = False, raw: bool = False) -> bool:
+    """Send a message as WeChat does and print what the follower sees.
+
+    Args:
+        to: the callback.
+        xml: the message.
+        follower: the OpenID it comes from.
+        wire: whether to print both sides of the wire.
+        raw: whether to send ``xml`` as it is even in the encrypted modes.
+
+    Returns:
+        Whether that is something else than WeChat's own apology.
+    """
+
+    def failed(number: int, why: str) -> None:
+        more = "sent again" if number < wxsim_wire.TRIES else "WeChat gives up"
+        _note(f"try {number} of {wxsim_wire.TRIES}: {why}; {more}")
+
+    def sent(url: str, body: bytes) -> None:
+        if wire:
+            _print_wire(f"→ POST {url}", body)
+
+    plain = Account(to.url, to.token) if raw else to
+    answer = asyncio.run(wxsim_wire.deliver(plain, xml, follower, failed, sent))
+    if answer is None:
+        print(wxsim_wire.FAULT)
+        return False
+    return _print_answer(to, xml, answer, wire)
+
+
+def _print_answer(to: Account, xml: bytes, answer: Answer, wire: bool) -> bool:
+    shown = wxsim_wire.read(to, xml, answer)
+    if wire:
+        _print_wire(f"← {answer.status} in {answer.seconds * 1000:.1f} ms", answer.body)
+        if shown.xml not in (b"", answer.body):
+            _print_wire("  decrypted", shown.xml)
+    if shown.text is None:
+        _note("the account stays silent")
+    else:
+        print(shown.text)
+    if shown.problem:
+        _note(f"WeChat cannot use the answer: {shown.problem}")
+    if shown.note:
+        _note(shown.note)
+    return not shown.problem
+
+
+def _print_wire(title: str, body: bytes) -> None:
+    print(f"{title}\n{body.decode(errors='backslashreplace')}\n")
+
+
+def _note(text: str) -> None:
+    print(f"({text})", file=sys.stderr, flush=True)
+
+
+def verify(to: Account) -> bool:
+    """Do what the console does on 提交, and print what it would say."""
+    why = wxsim_wire.verify(to)
+    parts = urlsplit(to.url)
+    if not why:
+        print("提交成功: the server answered with echostr")
+    elif why.startswith("no answer within"):
+        print(f"请求URL超时: {why}")
+    else:
+        print(f"Token验证失败: {why}")
+    if (parts.port or 80) not in (80, 443) and parts.hostname not in ("127.0.0.1", "localhost"):
+        _note("the console takes port 80 or 443 alone")
+    return not why
+
+
+def chat(to: Account, follower: str, wire: bool) -> None:
+    """Talk to the account, line by line, until the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its history
+    if sys.stdin.isatty():
+        print(f"{to.url}; /help says what there is besides text")
+    while True:
+        try:
+            line = input(f"{follower}> " if sys.stdin.isatty() else "").strip()
+            if line == "/quit":
+                return
+            if line == "/xml":
+                wire = not wire
+            elif line.startswith("/as "):
+                follower = line[4:].strip() or follower
+            elif line:
+                xml = _chat_message(line, wxsim_messages.openid(follower))
+                send(to, xml, wxsim_messages.openid(follower), wire)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _note("Ctrl-D or /quit ends the chat")
+        except ValueError as error:
+            print(error)
+
+
+def _chat_message(line: str, openid: str) -> bytes:
+    """Turn a line of the chat into a message.
+
+    Raises:
+        ValueError: there is no such command; its text says what there is.
+    """
+    if not line.startswith("/"):
+        return to_xml(wxsim_messages.make("text", openid, time.time()) | {"Content": line})
+    words = shlex.split(line[1:])
+    kind, settings, key = words[0] if words else "", words[1:], None
+    if kind == "event" and settings:
+        kind, settings = settings[0], settings[1:]
+        if settings and "=" not in settings[0]:
+            key, settings = settings[0], settings[1:]
+    elif kind in EVENTS:
+        kind = ""
+    if kind not in MESSAGES and kind not in EVENTS:
+        raise ValueError(CHAT_HELP + f"\nEVENT is one of {', '.join(EVENTS)}")
+    message = wxsim_messages.make(kind, openid, time.time(), key)
+    return to_xml(wxsim_messages.with_fields(message, settings))
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--url", help="the callback; default: the local server's")
+    common.add_argument("--token", help="its Token; default: that of config.ini or state_dir")
+    message = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    message.add_argument("--as", dest="follower", metavar="NAME", help="the follower; default: me")
+    message.add_argument("--xml", action="store_true", help="show the wire both ways")
+    message.add_argument("--raw", type=Path, metavar="FILE", help="send this body as it is")
+    setting = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    setting.add_argument(
+        "--set",
+        action="append",
+        dest="settings",
+        metavar="NAME=VALUE",
+        help="a field, such as MediaId=abc or ScanCodeInfo.ScanResult=1; may be repeated",
+    )
+    description, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common, message],
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("verify", parents=[common], help="what the console does on 提交")
+    for kind in MESSAGES:
+        command = commands.add_parser(
+            kind, parents=[common, message, setting], help=f"a follower's message: {kind}"
+        )
+        if kind == "text":
+            command.add_argument("content", nargs="*", help="default: hello")
+    command = commands.add_parser(
+        "event",
+        parents=[common, message, setting],
+        help="an event: subscribe, CLICK, SCAN, …",
+        epilog=f"EVENT is one of {', '.join(EVENTS)}",
+    )
+    command.add_argument("event", metavar="EVENT", choices=EVENTS)
+    command.add_argument("--key", help="its EventKey; qrscene_42 makes subscribe a scan")
+    commands.add_parser("chat", parents=[common, message], help="a conversation in the terminal")
+    return parser
+
+
+def main() -> None:
+    """Play WeChat: send what the command line says and print what the follower would see."""
+    parser = _parser()
+    arguments = argparse.Namespace(
+        url="", token="", follower="me", xml=False, raw=None, settings=[], key=None
+    )
+    parser.parse_args(namespace=arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
+    if not arguments.command and not arguments.raw:
+        parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
+    try:
+        _run(parser, arguments, wxconfig.load())
+    except ConfigError as error:
+        sys.exit(f"wxsim: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config: Config) -> None:
+    to = wxsim_wire.account(config, arguments.url, arguments.token)
+    if urlsplit(to.url).scheme not in ("http", "https") or not urlsplit(to.url).hostname:
+        parser.error(f"--url must be http://… or https://…, not {to.url!r}")
+    openid = wxsim_messages.openid(arguments.follower)
+    if arguments.command == "verify":
+        sys.exit(not verify(to))
+    if arguments.raw:
+        try:
+            body = arguments.raw.read_bytes()
+        except OSError as error:
+            parser.error(f"--raw {arguments.raw}: {error.strerror}")
+        sys.exit(not send(to, body, openid, arguments.xml, raw=True))
+    if arguments.command == "chat":
+        chat(to, arguments.follower, arguments.xml)
+        return
+    event = arguments.command == "event"
+    kind = arguments.event if event else arguments.command
+    message = wxsim_messages.make(kind, openid, time.time(), arguments.key)
+    if kind == "text" and arguments.content:
+        message["Content"] = " ".join(arguments.content)
+    try:
+        xml = to_xml(wxsim_messages.with_fields(message, arguments.settings))
+    except ValueError as error:
+        parser.error(f"--set {error}")
+    sys.exit(not send(to, xml, openid, arguments.xml))
+
+
+if __name__ == "__main__":
+    main()
