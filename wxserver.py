@@ -226,7 +226,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Serve on 127.0.0.1 with the standard library alone, for a first look; or check the account."""
+    """Serve on 127.0.0.1 with the standard library alone, for a first look; or check an account."""
     import argparse
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
