@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import wxconfig
+import wxsim_api
 import wxsim_messages
 import wxsim_wire
 from wxconfig import Config, ConfigError
@@ -158,6 +159,8 @@ def _chat_message(line: str, openid: str) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import wxsim_load
+
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--url", help="the callback; default: the local server's")
     common.add_argument("--token", help="its Token; default: that of config.ini or state_dir")
@@ -197,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("event", metavar="EVENT", choices=EVENTS)
     command.add_argument("--key", help="its EventKey; qrscene_42 makes subscribe a scan")
     commands.add_parser("chat", parents=[common, message], help="a conversation in the terminal")
+    command = commands.add_parser(
+        "load", parents=[common], help="a steady stream of messages, checked and timed"
+    )
+    wxsim_load.add_arguments(command)
+    command = commands.add_parser("api", help="a fake api.weixin.qq.com")
+    wxsim_api.add_arguments(command)
     return parser
 
 
@@ -220,12 +229,19 @@ def main() -> None:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config: Config) -> None:
+    if arguments.command == "api":
+        wxsim_api.main(arguments, config)
+        return
     to = wxsim_wire.account(config, arguments.url, arguments.token)
     if urlsplit(to.url).scheme not in ("http", "https") or not urlsplit(to.url).hostname:
         parser.error(f"--url must be http://… or https://…, not {to.url!r}")
     openid = wxsim_messages.openid(arguments.follower)
     if arguments.command == "verify":
         sys.exit(not verify(to))
+    if arguments.command == "load":
+        import wxsim_load
+
+        sys.exit(not wxsim_load.main(arguments, to))
     if arguments.raw:
         try:
             body = arguments.raw.read_bytes()

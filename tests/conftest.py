@@ -14,12 +14,13 @@ from urllib.parse import urlencode
 
 import hypothesis
 import pytest
-from fake_api import APPID, APPSECRET, FakeApi
 
 import wxcrypto
+from wxsim_api import FakeApi
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "AAAAA"  # of the platform's worked examples
+APPID, APPSECRET = "wxba5fad812f8e6fb9", "0123456789abcdef0123456789abcdef"
 KEY = "A" * 43
 NOW = 1714036504
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -70,7 +71,7 @@ def config_for(api: FakeApi, folder: Path, **environ: str) -> dict[str, str]:
 @pytest.fixture
 def fake_api() -> Iterator[FakeApi]:
     """Serve an api.weixin.qq.com of this test's own."""
-    with FakeApi() as api:
+    with FakeApi(APPID, APPSECRET) as api:
         yield api
 
 

@@ -26,27 +26,34 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, Run, config_for
-from fake_api import APPID, APPSECRET, FakeApi
+from conftest import APPID, APPSECRET, ROOT, Run, config_for
 
 import token_store
 from token_store import TokenError, TokenStore
+from wxsim_api import FakeApi
 
 
 class Clock:
-    """A wall clock and an uptime that the test moves."""
+    """A wall clock and an uptime that the test moves, and the clock of WeChat, which just goes."""
 
     def __init__(self) -> None:
-        self.now, self.up = 1_800_000_000.0, 1000.0
+        self.now, self.up, self.wechat = 1_800_000_000.0, 1000.0, 1_800_000_000.0
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.up += seconds
+        self.wechat += seconds
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def fake_api(clock: Clock) -> Iterator[FakeApi]:
+    with FakeApi(APPID, APPSECRET, clock=lambda: clock.wechat) as api:
+        yield api
 
 
 @pytest.fixture
@@ -118,7 +125,6 @@ def test_near_expiry_the_token_is_renewed_and_not_before(
     clock.sleep(7200 - 241)
     assert store.get() == first
     clock.sleep(2)
-    fake_api.stable = ""  # under five minutes before its end, WeChat gives another one
     assert store.get() == fake_api.token != first
     assert len(fake_api.fetches) == 2
 
@@ -212,7 +218,8 @@ def test_a_hundred_told_40001_at_once_make_one_fetch(
     make: Maker, fake_api: FakeApi, endpoint: str
 ) -> None:
     stale = make(endpoint=endpoint).get()
-    fake_api.stable, fake_api.delay = "", 0.1  # somebody reset it: WeChat knows another one now
+    fake_api.delay = 0.1
+    fake_api.expire()
     with ThreadPoolExecutor(100) as pool:
         tokens = set(pool.map(lambda _: make(endpoint=endpoint).refresh(stale), range(100)))
     assert tokens == {fake_api.token}
@@ -225,7 +232,8 @@ def test_ten_processes_told_40001_at_once_make_one_fetch(
 ) -> None:
     clock.now, clock.up = time.time(), token_store._uptime()
     stale = make().get()
-    fake_api.stable, fake_api.delay = "", 0.2
+    fake_api.delay = 0.2
+    fake_api.expire()
     assert ask_at_once(run, 10, path, fake_api, stale) == [fake_api.token] * 10
     assert len(fake_api.fetches) == 2
 
@@ -322,7 +330,8 @@ def test_kill_9_at_any_moment_leaves_a_whole_file_and_a_free_lock(
         process.kill()
         process.wait()
         content = json.loads(path.read_text())
-        assert re.fullmatch(r"T\d+_x+", content["access_token"])
+        assert re.fullmatch(r"\d+_[\w-]+", content["access_token"])
+        assert len(content["access_token"]) == 60
         assert store.get() == fake_api.token != content["access_token"]
         assert sorted(os.listdir(path.parent)) == ["access_token.json", "access_token.json.lock"]
 
@@ -716,12 +725,8 @@ def test_a_token_as_short_lived_as_the_margin_is_not_fetched_at_every_call(
 def test_a_margin_over_five_minutes_does_not_loop_on_a_stable_token(
     make: Maker, fake_api: FakeApi, clock: Clock
 ) -> None:
-    end = clock.now + 7200
     for _ in range(7200 // 20):
-        fake_api.expires_in = int(end - clock.now)
-        if fake_api.expires_in < 300:  # from here on, WeChat gives another one
-            fake_api.stable, fake_api.expires_in, end = "", 7200, clock.now + 7200
-        make(margin=3600).get()
+        assert make(margin=3600).get() == fake_api.token
         clock.sleep(20)
     assert len(fake_api.fetches) <= 8
 
@@ -823,7 +828,7 @@ def test_the_secret_and_the_token_never_show(
     caplog.set_level(logging.DEBUG)
     store = make()
     token = store.get()
-    for secret in (APPSECRET, "wrong" + APPSECRET):  # this fake quotes what it was sent
+    for secret in (APPSECRET, "wrong" + APPSECRET):  # in an answer that quotes what was sent
         for endpoint in ("stable_token", "token"):
             clock.sleep(7300)
             fake_api.failure = json.dumps({"errcode": 1, "errmsg": f"bad {secret}"}).encode()

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run, config_for
-from fake_api import APPID, APPSECRET, FakeApi
+from conftest import APPID, APPSECRET, Run, config_for
 
 import token_store
 import wxapi
 from wxapi import Api, ApiError
+from wxsim_api import FakeApi
 
 
 @pytest.fixture
@@ -27,17 +27,20 @@ def test_a_get_carries_the_token(api: Api, fake_api: FakeApi) -> None:
 
 
 def test_a_post_sends_json_in_utf8_without_escapes(api: Api, fake_api: FakeApi) -> None:
-    api.call("message/custom/send", {"touser": "o1", "text": {"content": "你好"}})
+    message = {"touser": "o1", "msgtype": "text", "text": {"content": "你好"}}
+    assert api.call("message/custom/send", message) == {"errcode": 0, "errmsg": "ok"}
     method, _, body = fake_api.calls[0]
     assert method == "POST"
-    assert json.loads(body) == {"touser": "o1", "text": {"content": "你好"}}
+    assert json.loads(body) == message
     assert "你好".encode() in body
 
 
 def test_a_path_may_be_whole_and_have_a_query(api: Api, fake_api: FakeApi) -> None:
+    api.call("getcallbackip")
+    fake_api.failure = b"{}"
     api.call("/datacube/getusersummary", {})
     api.call("user/info?openid=o1&lang=zh_CN")
-    assert [target for _, target, _ in fake_api.calls] == [
+    assert [target for _, target, _ in fake_api.calls[1:]] == [
         f"/datacube/getusersummary?access_token={fake_api.token}",
         f"/cgi-bin/user/info?openid=o1&lang=zh_CN&access_token={fake_api.token}",
     ]
@@ -45,7 +48,7 @@ def test_a_path_may_be_whole_and_have_a_query(api: Api, fake_api: FakeApi) -> No
 
 def test_a_dead_token_is_replaced_and_the_call_made_again_once(api: Api, fake_api: FakeApi) -> None:
     api.call("getcallbackip")
-    fake_api.token = "another program fetched one"
+    fake_api.expire()
     assert api.call("getcallbackip") == {"ip_list": ["101.226.62.77"]}
     assert len(fake_api.calls) == 3
     assert len(fake_api.fetches) == 2
@@ -63,6 +66,14 @@ def test_a_token_that_stays_dead_is_an_error_after_one_more_try(
     assert caught.value.errcode == errcode
     assert len(fake_api.calls) == 2
     assert fake_api.token not in str(caught.value)
+
+
+def test_a_token_that_wechat_quotes_is_not_shown(api: Api, fake_api: FakeApi) -> None:
+    api.call("getcallbackip")
+    answer = {"errcode": 48001, "errmsg": f"no right with {fake_api.token} to call this"}
+    fake_api.failure = json.dumps(answer).encode()
+    with pytest.raises(ApiError, match=r"48001 \(no right with \*\*\* to call this\)"):
+        api.call("getcallbackip")
 
 
 def test_a_token_that_stays_dead_is_not_fetched_at_every_call(api: Api, fake_api: FakeApi) -> None:
