@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import wxconfig
 import wxsim_api
+import wxsim_load
 import wxsim_messages
 import wxsim_wire
 from wxconfig import Config, ConfigError
@@ -159,8 +160,6 @@ def _chat_message(line: str, openid: str) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import wxsim_load
-
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--url", help="the callback; default: the local server's")
     common.add_argument("--token", help="its Token; default: that of config.ini or state_dir")
@@ -239,8 +238,6 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config:
     if arguments.command == "verify":
         sys.exit(not verify(to))
     if arguments.command == "load":
-        import wxsim_load
-
         sys.exit(not wxsim_load.main(arguments, to))
     if arguments.raw:
         try:
