@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,18 +40,20 @@ def test_a_message_is_echoed(server: Server) -> None:
     assert from_xml(body)["Content"] == "你好"
 
 
-# .ci/run installs curl; the README's reader may have to.
-@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_message_that_the_readme_sends_by_hand_is_answered(server: Server) -> None:
+def test_the_first_commands_of_the_readme_do_what_it_says(run: Run, tmp_path: Path) -> None:
+    server = Server(run, tmp_path, str(ROOT / "wxserver.py"), "--port", "{port}").ready()
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    by_hand = next(block for block in blocks if "sha1sum" in block)
-    server.token()
-    script = by_hand.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
-    result = subprocess.run(
-        ["sh", "-c", script], cwd=server.folder, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.startswith("4375120948345356249<xml>")
-    assert "<Content><![CDATA[hello]]></Content>" in result.stdout
+    commands = re.findall("^python3 (wxsim.py .*?) *#", "".join(blocks), re.MULTILINE)
+    outputs = []
+    for command in commands:
+        process = run(
+            *command.replace("wxsim.py", str(ROOT / "wxsim.py")).split(),
+            *("--url", f"{server.base}/wx"),
+            env={"WXSERVER_CONFIG": str(server.config)},
+        )
+        outputs.append(process.communicate("hi\n/image\n", timeout=20)[0].splitlines())
+        assert process.returncode == 0
+    assert [lines[0].partition(":")[0] for lines in outputs] == ["提交成功", "hello", "hi"]
 
 
 def test_many_at_once_each_get_their_own_answer(server: Server) -> None:
