@@ -210,13 +210,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Play WeChat: send what the command line says and print what the follower would see."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     parser = _parser()
     arguments = argparse.Namespace(
         url="", token="", follower="me", xml=False, raw=None, settings=[], key=None
     )
     parser.parse_args(namespace=arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     if not arguments.command and not arguments.raw:
         parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
     try:
@@ -232,7 +232,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config:
         wxsim_api.main(arguments, config)
         return
     to = wxsim_wire.account(config, arguments.url, arguments.token)
-    if urlsplit(to.url).scheme not in ("http", "https") or not urlsplit(to.url).hostname:
+    if not wxsim_wire.is_url(to.url):
         parser.error(f"--url must be http://… or https://…, not {to.url!r}")
     openid = wxsim_messages.openid(arguments.follower)
     if arguments.command == "verify":

@@ -101,7 +101,7 @@ EVENTS: dict[str, dict[str, Any]] = {
 
 def openid(name: str) -> str:
     """Return the OpenID of the made-up follower ``name``: 28 characters, always the same."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return "o" + base64.urlsafe_b64encode(digest).decode()[:27]
 
 

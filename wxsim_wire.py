@@ -88,6 +88,16 @@ def account(config: Config, url: str = "", token: str = "") -> Account:
     )
 
 
+def is_url(url: str) -> bool:
+    """Tell whether ``url`` is one that WeChat could ask."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # no number from 0 to 65535, or half an IPv6 address
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
 def sign(to: Account, *parts: str) -> dict[str, str]:
     """Return signature, timestamp and nonce as WeChat makes them now."""
     timestamp, nonce = str(int(time.time())), str(secrets.randbelow(10**9))
@@ -124,11 +134,7 @@ async def exchange(url: str, body: bytes | None = None, patience: float = PATIEN
     """
     began = time.perf_counter()
     try:
-        raw = await asyncio.wait_for(_raw(url, body), patience)
-        received: Any = _Bytes(raw)
-        response = http.client.HTTPResponse(received)
-        response.begin()
-        content = response.read()
+        response, content = await asyncio.wait_for(_request(url, body), patience)
     except (TimeoutError, asyncio.TimeoutError):
         raise NoAnswer(f"no answer within {patience:g} s") from None
     except ConnectionRefusedError:
@@ -139,12 +145,14 @@ async def exchange(url: str, body: bytes | None = None, patience: float = PATIEN
         raise NoAnswer(f"TLS failed: {getattr(error, 'verify_message', '') or error}") from None
     except OSError as error:
         raise NoAnswer(f"the connection broke off: {error.strerror or error}") from None
+    except http.client.IncompleteRead as error:
+        raise NoAnswer(f"the answer broke off after {len(error.partial)} bytes") from None
     except (http.client.HTTPException, ValueError) as error:
         raise NoAnswer(f"the answer is not HTTP: {type(error).__name__}") from None
     return Answer(response.status, response.headers, content, time.perf_counter() - began)
 
 
-async def _raw(url: str, body: bytes | None) -> bytes:
+async def _request(url: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
     parts = urlsplit(url)
     tls = parts.scheme == "https"
     reader, writer = await asyncio.open_connection(
@@ -159,12 +167,31 @@ async def _raw(url: str, body: bytes | None) -> bytes:
         if body is not None:
             head += f"Content-Type: text/xml\r\nContent-Length: {len(body)}\r\n"
         writer.write(head.encode() + b"\r\n" + (body or b""))
-        raw = b""
-        while len(raw) < LARGEST_ANSWER and (data := await reader.read(65536)):
-            raw += data
-        return raw
+        return await _receive(reader)
     finally:
-        writer.close()
+        writer.transport.abort()  # close() would wait for the other side's end of TLS
+
+
+async def _receive(reader: asyncio.StreamReader) -> tuple[http.client.HTTPResponse, bytes]:
+    """Return the answer as soon as it is whole: a server may leave the connection open."""
+    raw = b""
+    while True:
+        data = await reader.read(65536)
+        raw += data
+        last = not data or len(raw) >= LARGEST_ANSWER
+        if not last and b"\r\n\r\n" not in raw:
+            continue
+        received: Any = _Bytes(raw)
+        response = http.client.HTTPResponse(received)
+        try:
+            response.begin()
+            content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if last:
+                raise
+            continue
+        if last or response.chunked or response.length == 0:
+            return response, content
 
 
 class _Bytes:
@@ -183,6 +210,7 @@ async def deliver(
     follower: str,
     failed: Callable[[int, str], object] = lambda *_: None,
     sent: Callable[[str, bytes], object] = lambda *_: None,
+    patience: float = PATIENCE,
 ) -> Answer | None:
     """Send a message as WeChat does, up to ``TRIES`` times; None when all of them failed.
 
@@ -192,12 +220,13 @@ async def deliver(
         follower: the OpenID it comes from.
         failed: is told of every failed try: its number from 1, and why.
         sent: is told of every request: the URL and the body.
+        patience: seconds to wait for each answer.
     """
     for number in range(1, TRIES + 1):
         url, body = wrap(to, xml, follower)
         sent(url, body)
         try:
-            answer = await exchange(url, body)
+            answer = await exchange(url, body, patience)
         except NoAnswer as error:
             failed(number, str(error))
             continue
@@ -269,7 +298,8 @@ def _check(message: Message, reply: Message) -> None:
             same = reply.get(name) == message.get(name)
             hint = "; the two names must be swapped" if same else ""
             raise Malformed(f"{name} is not the message's {other}{hint}")
-    if not str(reply.get("CreateTime", "")).isdecimal():
+    created = str(reply.get("CreateTime", ""))
+    if not (created.isascii() and created.isdecimal()):
         raise Malformed("CreateTime is not a whole number")
     if not isinstance(reply.get("MsgType"), str):
         raise Malformed("there is no MsgType")
@@ -283,13 +313,13 @@ def _show(message: Message, reply: Message) -> tuple[str, str]:
             if size > wxmessage.MAX_TEXT:
                 raise Malformed(f"the text has {size} bytes; {wxmessage.MAX_TEXT} are allowed")
             return text, ""
-        case {"MsgType": "image", "Image": {"MediaId": str(media)}}:
+        case {"MsgType": "image", "Image": {"MediaId": str(media)}} if media:
             return f"[image {media}]", ""
-        case {"MsgType": "voice", "Voice": {"MediaId": str(media)}}:
+        case {"MsgType": "voice", "Voice": {"MediaId": str(media)}} if media:
             return f"[voice {media}]", ""
-        case {"MsgType": "video", "Video": {"MediaId": str(media), **more}}:
+        case {"MsgType": "video", "Video": {"MediaId": str(media), **more}} if media:
             return _line("[video", more.get("Title"), more.get("Description"), media + "]"), ""
-        case {"MsgType": "music", "Music": {"ThumbMediaId": str(), **more}}:
+        case {"MsgType": "music", "Music": {"ThumbMediaId": str(thumb), **more}} if thumb:
             shown = [more.get(name) for name in ("Title", "Description", "MusicUrl")]
             return _line("[music", *shown) + "]", ""
         case {"MsgType": "news", "Articles": {"item": items}, **more}:
@@ -323,12 +353,12 @@ def _excerpt(body: bytes) -> str:
     return repr(text[:80]) if text else "an empty body"
 
 
-def verify(to: Account) -> str:
+def verify(to: Account, patience: float = PATIENCE) -> str:
     """Do what the console does on 提交; return an empty text, or why it would fail, in words."""
     echostr = str(secrets.randbelow(9 * 10**18) + 10**18)
     url = f"{to.url}{'&' if '?' in to.url else '?'}{urlencode(sign(to) | {'echostr': echostr})}"
     try:
-        answer = asyncio.run(exchange(url))
+        answer = asyncio.run(exchange(url, patience=patience))
     except NoAnswer as error:
         return str(error)
     if answer.body == echostr.encode() and answer.status == 200:
