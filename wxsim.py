@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import re
 import shlex
 import sys
 import time
@@ -62,6 +63,8 @@ def send(to: Account, xml: bytes, follower: str, wire: bool = False, raw: bool =
     def sent(url: str, body: bytes) -> None:
         if wire:
             _print_wire(f"→ POST {url}", body)
+            if body != xml:
+                _print_wire("  encrypted from", xml)
 
     plain = Account(to.url, to.token) if raw else to
     answer = asyncio.run(wxsim_wire.deliver(plain, xml, follower, failed, sent))
@@ -143,20 +146,21 @@ def _chat_message(line: str, openid: str) -> bytes:
     Raises:
         ValueError: there is no such command; its text says what there is.
     """
-    if not line.startswith("/"):
+    if not line.startswith("/") or line.startswith("/:"):  # as WeChat's own emoticons do
         return to_xml(wxsim_messages.make("text", openid, time.time()) | {"Content": line})
-    words = shlex.split(line[1:])
-    kind, settings, key = words[0] if words else "", words[1:], None
-    if kind == "event" and settings:
-        kind, settings = settings[0], settings[1:]
-        if settings and "=" not in settings[0]:
-            key, settings = settings[0], settings[1:]
-    elif kind in EVENTS:
-        kind = ""
-    if kind not in MESSAGES and kind not in EVENTS:
-        raise ValueError(CHAT_HELP + f"\nEVENT is one of {', '.join(EVENTS)}")
+    command, *words = shlex.split(line[1:]) or [""]
+    kind, kinds, key = command, MESSAGES, None
+    if command == "event":
+        kind, *words = words or [""]
+        kinds = EVENTS
+        if words and not re.match(r"[\w.]+=", words[0]):
+            key, *words = words
+    if command == "help":
+        raise ValueError(f"{CHAT_HELP}\nEVENT is one of {', '.join(EVENTS)}")
+    if kind not in kinds:
+        raise ValueError(f"there is no {line!r}; /help says what there is")
     message = wxsim_messages.make(kind, openid, time.time(), key)
-    return to_xml(wxsim_messages.with_fields(message, settings))
+    return to_xml(wxsim_messages.with_fields(message, words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     message = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     message.add_argument("--as", dest="follower", metavar="NAME", help="the follower; default: me")
     message.add_argument("--xml", action="store_true", help="show the wire both ways")
-    message.add_argument("--raw", type=Path, metavar="FILE", help="send this body as it is")
+    message.add_argument(
+        "--raw", type=Path, metavar="FILE", help="send this body as it is; - is stdin"
+    )
     setting = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     setting.add_argument(
         "--set",
@@ -241,7 +247,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config:
         sys.exit(not wxsim_load.main(arguments, to))
     if arguments.raw:
         try:
-            body = arguments.raw.read_bytes()
+            body = (
+                sys.stdin.buffer.read() if str(arguments.raw) == "-" else arguments.raw.read_bytes()
+            )
         except OSError as error:
             parser.error(f"--raw {arguments.raw}: {error.strerror}")
         sys.exit(not send(to, body, openid, arguments.xml, raw=True))

@@ -6,17 +6,20 @@ Sources of the rules: the platform's 接入指南, 接收普通消息, 被动回
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import io
+import re
 import secrets
 import socket
 import ssl
+import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import wxconfig
 import wxcrypto
@@ -95,7 +98,8 @@ def is_url(url: str) -> bool:
         port = parts.port
     except ValueError:  # no number from 0 to 65535, or half an IPv6 address
         return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    usual = parts.scheme in ("http", "https") and parts.hostname and port != 0
+    return bool(usual) and not parts.fragment and not parts.username
 
 
 def sign(to: Account, *parts: str) -> dict[str, str]:
@@ -107,15 +111,16 @@ def sign(to: Account, *parts: str) -> dict[str, str]:
 
 def wrap(to: Account, xml: bytes, follower: str) -> tuple[str, bytes]:
     """Return the URL and the body of the request that brings ``xml``, as it is or encrypted."""
-    query = sign(to) | {"openid": follower}
+    query, fields = sign(to) | {"openid": follower}, _fields(xml)
+    encrypt = fields.get("Encrypt")  # of a body that was encrypted before
     if to.cipher:
         encrypt = to.cipher.encrypt(xml)
-        parts = (query["timestamp"], query["nonce"], encrypt)
-        query |= {"encrypt_type": "aes", "msg_signature": wxcrypto.sign(to.token, *parts)}
-        fields = _fields(xml)
         if to.encryption == "safe":
             fields = {"ToUserName": fields.get("ToUserName", "")}
         xml = wxmessage.to_xml({**fields, "Encrypt": encrypt})
+    if isinstance(encrypt, str):
+        parts = (query["timestamp"], query["nonce"], encrypt)
+        query |= {"encrypt_type": "aes", "msg_signature": wxcrypto.sign(to.token, *parts)}
     return f"{to.url}{'&' if '?' in to.url else '?'}{urlencode(query)}", xml
 
 
@@ -134,74 +139,82 @@ async def exchange(url: str, body: bytes | None = None, patience: float = PATIEN
     """
     began = time.perf_counter()
     try:
-        response, content = await asyncio.wait_for(_request(url, body), patience)
+        status, headers, content = await asyncio.wait_for(_request(url, body), patience)
     except (TimeoutError, asyncio.TimeoutError):
         raise NoAnswer(f"no answer within {patience:g} s") from None
-    except ConnectionRefusedError:
-        raise NoAnswer("the connection was refused; is the server running?") from None
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise NoAnswer(f"the name {urlsplit(url).hostname} does not resolve") from None
     except ssl.SSLError as error:
         raise NoAnswer(f"TLS failed: {getattr(error, 'verify_message', '') or error}") from None
     except OSError as error:
+        # Of a name with several addresses there are several errors in one, of no class.
+        if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
+            raise NoAnswer("the connection was refused; is the server running?") from None
         raise NoAnswer(f"the connection broke off: {error.strerror or error}") from None
-    except http.client.IncompleteRead as error:
+    except asyncio.IncompleteReadError as error:
         raise NoAnswer(f"the answer broke off after {len(error.partial)} bytes") from None
-    except (http.client.HTTPException, ValueError) as error:
-        raise NoAnswer(f"the answer is not HTTP: {type(error).__name__}") from None
-    return Answer(response.status, response.headers, content, time.perf_counter() - began)
+    except (http.client.HTTPException, asyncio.LimitOverrunError, ValueError):
+        raise NoAnswer("the answer is not HTTP") from None
+    return Answer(status, headers, content, time.perf_counter() - began)
 
 
-async def _request(url: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
+async def _request(url: str, body: bytes | None) -> tuple[int, Any, bytes]:
     parts = urlsplit(url)
     tls = parts.scheme == "https"
     reader, writer = await asyncio.open_connection(
-        parts.hostname, parts.port or (443 if tls else 80), ssl=tls or None
+        parts.hostname, parts.port or (443 if tls else 80), ssl=_tls() if tls else None
     )
+    target = quote(f"{parts.path or '/'}?{parts.query}", safe=string.punctuation)
+    head = (
+        f"{'GET' if body is None else 'POST'} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        "User-Agent: Mozilla/4.0\r\nAccept: */*\r\nConnection: close\r\n"
+    )
+    if body is not None:
+        head += f"Content-Type: text/xml\r\nContent-Length: {len(body)}\r\n"
     try:
-        head = (
-            f"{'GET' if body is None else 'POST'} {parts.path or '/'}?{parts.query} HTTP/1.1\r\n"
-            f"Host: {parts.netloc}\r\nUser-Agent: Mozilla/4.0\r\nAccept: */*\r\n"
-            "Connection: close\r\n"
-        )
-        if body is not None:
-            head += f"Content-Type: text/xml\r\nContent-Length: {len(body)}\r\n"
         writer.write(head.encode() + b"\r\n" + (body or b""))
         return await _receive(reader)
     finally:
         writer.transport.abort()  # close() would wait for the other side's end of TLS
 
 
-async def _receive(reader: asyncio.StreamReader) -> tuple[http.client.HTTPResponse, bytes]:
-    """Return the answer as soon as it is whole: a server may leave the connection open."""
-    raw = b""
-    while True:
-        data = await reader.read(65536)
-        raw += data
-        last = not data or len(raw) >= LARGEST_ANSWER
-        if not last and b"\r\n\r\n" not in raw:
-            continue
-        received: Any = _Bytes(raw)
-        response = http.client.HTTPResponse(received)
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+async def _receive(reader: asyncio.StreamReader) -> tuple[int, Any, bytes]:
+    """Return status, headers and content as soon as they are whole; the connection may stay."""
+    status = 100
+    while status < 200:
         try:
-            response.begin()
-            content = response.read()
-        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-            if last:
-                raise
-            continue
-        if last or response.chunked or response.length == 0:
-            return response, content
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise ValueError from None
+            raise NoAnswer("the connection broke off without an answer") from None
+        line, _, rest = head.partition(b"\r\n")
+        if not (found := re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", line)):
+            raise ValueError
+        status, headers = int(found[1]), http.client.parse_headers(io.BytesIO(rest))
+    content, length = b"", headers["Content-Length"]
+    if "chunked" in headers.get("Transfer-Encoding", "").lower():
+        while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            content += (await reader.readexactly(_bounded(size) + 2))[:-2]
+            _bounded(len(content))
+    elif length is not None:
+        content = await reader.readexactly(_bounded(int(length)))
+    else:
+        while data := await reader.read(65536):
+            content += data
+            _bounded(len(content))
+    return status, headers, content
 
 
-class _Bytes:
-    """What HTTPResponse needs of a socket."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def makefile(self, _mode: str) -> io.BytesIO:
-        return io.BytesIO(self._data)
+def _bounded(size: int) -> int:
+    if not 0 <= size <= LARGEST_ANSWER:
+        raise NoAnswer(f"the answer is larger than {LARGEST_ANSWER} bytes")
+    return size
 
 
 async def deliver(
@@ -232,7 +245,7 @@ async def deliver(
             continue
         if answer.status == 200:
             return answer
-        failed(number, f"HTTP status {answer.status}: {_excerpt(answer.body)}")
+        failed(number, _why_refused(answer))
     return None
 
 
@@ -269,9 +282,11 @@ def _parse(body: bytes) -> Message:
 
 def _open(to: Account, body: bytes) -> bytes:
     """Return the XML of the reply, decrypted when it has to be."""
-    if not to.cipher:
-        return body
     envelope = _parse(body)
+    if not to.cipher:
+        if "Encrypt" in envelope and "MsgType" not in envelope:
+            raise Malformed("it is encrypted, and the console's mode is 明文模式")
+        return body
     if "Encrypt" not in envelope:
         if to.encryption == "safe":
             raise Malformed("it is not encrypted, and the console's mode is 安全模式")
@@ -365,10 +380,11 @@ def verify(to: Account, patience: float = PATIENCE) -> str:
         return ""
     if answer.status != 200:
         return _why_refused(answer)
-    if echostr.encode() in answer.body:
-        return f"something stands around echostr: {answer.body[:200]!r} in place of {echostr}"
     if b"<html" in answer.body[:1000].lower() or b"<!doctype" in answer.body[:1000].lower():
         return f"an HTML page came in place of echostr: {_excerpt(answer.body)}"
+    if (place := answer.body.find(echostr.encode())) >= 0:
+        around = answer.body[max(place - 60, 0) : place + len(echostr) + 60]
+        return f"something stands around echostr: {around!r} in place of {echostr}"
     return f"something else came in place of echostr: {_excerpt(answer.body)}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from conftest import APPID, KEY, ROOT, TOKEN, Run
+from conftest import APPID, KEY, ROOT, TOKEN, Run, message_xml
 from serving import Server, free_port, gunicorn, until
 
 import wxcrypto
@@ -187,7 +187,9 @@ def test_in_every_mode_the_real_server_is_verified_and_answers(
     sent, came = out.split("← 200 in ")
     assert sent.startswith(f"→ POST {server.base}/wx?signature=")
     assert ("<Encrypt>" in sent, "<Encrypt>" in came) == (mode != "plain",) * 2
-    assert ("<Content><![CDATA[你好" in sent) == (mode != "safe")
+    on_the_wire = sent.split("  encrypted from\n")[0]
+    assert ("<Content><![CDATA[你好" in on_the_wire) == (mode != "safe")
+    assert "<Content><![CDATA[你好" in sent
     assert ("  decrypted\n<xml>" in came) == (mode != "plain")
 
 
@@ -350,13 +352,14 @@ def test_after_five_seconds_wechat_hangs_up_and_sends_the_same_message_again(
     ("answer", "why"),
     [
         (lambda a: a.say(b"Oh!", 500), "HTTP status 500: 'Oh!'"),
-        (lambda a: a.say(b"", 301, Location="/wx/"), "HTTP status 301: an empty body"),
+        (lambda a: a.say(b"", 301, Location="/wx/"), "it redirects to /wx/, and WeChat does not"),
+        (lambda a: a.say(b"", 403), "the Token is not the server's, most likely"),
         (lambda a: a.say(a.reply(), 404), "HTTP status 404: '<xml><ToUserName>"),
         (lambda a: a.wfile.write(b"hello") and None, "the answer is not HTTP"),
         (lambda a: a.say(a.reply()[:50], 200, **{"Content-Length": "99"}), "broke off after 50"),
         (lambda _: None, "the connection broke off"),
     ],
-    ids=["500", "redirect", "404", "no-http", "cut", "gone"],
+    ids=["500", "redirect", "403", "404", "no-http", "cut", "gone"],
 )
 def test_a_failed_try_is_repeated_twice_with_the_same_message_and_then_given_up(
     bot: Callable[[Answer], Bot], sim: Wxsim, answer: Answer, why: str
@@ -650,7 +653,9 @@ def test_a_chat_outlives_whatever_goes_wrong_in_it(
     done = process("chat", "--url", bot(answer).url, typed="\n".join(typed))
     lines = done.out.splitlines()
     assert lines[:2] == [FAULT, FAULT]
-    assert done.out.count("What you type goes to the account as a text.") == 2
+    assert lines[2:4] == [
+        f"there is no '{line}'; /help says what there is" for line in ("/nonsense", "/event")
+    ]
     assert lines[-4:] == [
         "No closing quotation",
         "'x' is not NAME=VALUE",
@@ -710,3 +715,36 @@ def test_in_a_terminal_the_prompt_names_the_follower_and_arrow_up_brings_the_lin
     assert shown().startswith(f"{echoing.url}; /help says what there is besides text\r\n")
     assert "What you type goes to the account as a text." in shown()
     assert shown().count("You said hello.") == len(echoing.asked) == 2
+
+
+def test_a_text_may_begin_with_a_slash_as_wechats_own_emoticons_do(
+    bot: Callable[[Answer], Bot], process: Wxsim
+) -> None:
+    done = process(
+        "chat", "--url", bot(lambda a: a.reply()).url, typed="/:rose\n/event VIEW https://a/?b=c\n"
+    )
+    assert "there is no" not in done.out
+    assert "cannot be" not in done.out
+
+
+def test_a_body_that_was_encrypted_before_is_signed_as_it_is(run: Run, tmp_path: Path) -> None:
+    server = real(run, tmp_path, WX_TOKEN=TOKEN, WX_APPID=APPID, WX_ENCODING_AES_KEY=KEY)
+    (tmp_path / "body").write_bytes(
+        sealed(message_xml("你好", FromUserName=wxsim_messages.openid("me")))
+    )
+    env = {
+        "WXSERVER_CONFIG": str(server.config),
+        "WX_TOKEN": TOKEN,
+        "WX_APPID": APPID,
+        "WX_ENCODING_AES_KEY": KEY,
+    }
+    process = run(WXSIM, "--url", f"{server.base}/wx", "--raw", str(tmp_path / "body"), env=env)
+    assert process.communicate(timeout=20) == ("你好\n", "")
+
+
+def test_an_encrypted_answer_in_plain_mode_is_called_that(
+    bot: Callable[[Answer], Bot], sim: Wxsim
+) -> None:
+    encrypted = sealed(message_xml())
+    done = sim("text", "hello", "--url", bot(lambda a: a.say(encrypted)).url)
+    assert "it is encrypted, and the console's mode is 明文模式" in done.errors

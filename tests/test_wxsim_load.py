@@ -191,7 +191,7 @@ def test_a_message_that_needs_a_second_try_is_answered(capsys: pytest.CaptureFix
         "silent": 0,
         "wrong": 0,
         "unanswered": 0,
-        "HTTP status 500: '500'": 30,
+        "HTTP status 500: '500'; the server's log says why": 30,
     }
 
 

@@ -224,6 +224,7 @@ def test_over_https_only_a_trusted_certificate_will_do(
 
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    wxsim_wire._tls.cache_clear()
     with listening(talk) as port:
         url = f"https://127.0.0.1:{port}/wx"
         if trusted:
