@@ -163,7 +163,7 @@ def check(message: Message) -> None:
     """
     if "Encrypt" in message and "MsgType" not in message:
         raise MessageError(
-            "the message is encrypted; set [wechat] encoding_aes_key and encryption to what WeChat's"
+            "the message is encrypted; set [wechat] encoding_aes_key and encryption to what the"
             " console says, or choose 明文模式 there"
         )
     for name in ("ToUserName", "FromUserName", "MsgType"):
