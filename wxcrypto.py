@@ -66,8 +66,8 @@ class MessageCipher:
         data = (random or os.urandom(16)) + len(message).to_bytes(4, "big") + message + self._appid
         pad = BLOCK - len(data) % BLOCK
         encryptor = self._cipher.encryptor()
-        data = encryptor.update(data + bytes([pad]) * pad) + encryptor.finalize()
-        return base64.b64encode(data).decode()
+        # Of whole blocks update() leaves nothing over for finalize().
+        return base64.b64encode(encryptor.update(data + bytes([pad]) * pad)).decode()
 
     def decrypt(self, encrypt: str) -> bytes:
         """Return the message in ``encrypt``, whose signature has been verified.
@@ -81,8 +81,7 @@ class MessageCipher:
             raise DecryptError("Encrypt is not base64") from None
         if not data or len(data) % BLOCK:
             raise DecryptError(f"Encrypt is not whole blocks of {BLOCK} bytes")
-        decryptor = self._cipher.decryptor()
-        data = decryptor.update(data) + decryptor.finalize()
+        data = self._cipher.decryptor().update(data)
         pad = data[-1]
         if not 1 <= pad <= BLOCK or not data.endswith(bytes([pad]) * pad):
             raise DecryptError("wrong padding; is encoding_aes_key the one in WeChat's console?")

@@ -21,12 +21,8 @@ MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far be
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A field as WeChat writes nearly all: its text needs no decoding and has nothing that is special.
-_FIELD = re.compile(
-    r"[\t\n ]*<([A-Za-z_]\w*)>(?:<!\[CDATA\[([^]{0}]*)\]\]>|([^]<&{0}]*))</\1>".format(
-        r"\x00-\x08\x0b-\x1f\ufffe\uffff"
-    ),
-    re.ASCII,
-)
+_FIELD = re.compile(r"[\t\n ]*<([A-Za-z_]\w*)>(?:<!\[CDATA\[([^]]*)\]\]>|([^]<&]*))</\1>", re.ASCII)
+_SPECIAL = bytes(set(range(32)) - set(b"\t\n"))  # what XML forbids, and CR, which it changes
 
 
 class MessageError(ValueError):
@@ -51,6 +47,8 @@ def _flat(body: bytes) -> Message | None:
 
     It reads what ``_tree`` reads, at a third of the cost.
     """
+    if len(body.translate(None, _SPECIAL)) < len(body) or b"\xef\xbf" in body:  # U+FFFE, U+FFFF
+        return None
     try:
         text = body.decode()
     except UnicodeDecodeError:

@@ -206,15 +206,12 @@ def _answer(
 
 
 def _envelope(encrypt: str, token: str, nonce: str, now: float) -> bytes:
-    timestamp = int(now)
-    return wxmessage.to_xml(
-        {
-            "Encrypt": encrypt,
-            "MsgSignature": wxcrypto.sign(token, str(timestamp), nonce, encrypt),
-            "TimeStamp": timestamp,
-            "Nonce": nonce,
-        }
-    )
+    timestamp, nonce = str(int(now)), nonce.replace("]", "")  # which could end the CDATA
+    signature = wxcrypto.sign(token, timestamp, nonce, encrypt)
+    return (
+        f"<xml><Encrypt><![CDATA[{encrypt}]]></Encrypt><MsgSignature><![CDATA[{signature}]]>"
+        f"</MsgSignature><TimeStamp>{timestamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>"
+    ).encode()
 
 
 def __getattr__(name: str) -> Any:

@@ -145,7 +145,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
                 continue
             if not head.startswith(b"HTTP/1.1 200 ") or expected not in body:
                 raise RuntimeError(f"no echo: {parts[fd][:200]!r}")
-            count, parts[fd] = count + 1, b""
+            count, parts[fd], last = count + 1, b"", body
             if asked < reuse:
                 connection.sendall(request)
                 open_[fd] = (connection, asked + 1)
@@ -157,7 +157,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
         connection.close()
     poll.close()
     if encrypted:
-        body = wxcrypto.MessageCipher(KEY, APPID).decrypt(wxmessage.from_xml(body)["Encrypt"])
+        body = wxcrypto.MessageCipher(KEY, APPID).decrypt(wxmessage.from_xml(last)["Encrypt"])
         if ECHO not in body:
             raise RuntimeError("the last answer does not hold the echo")
     return count / (now - began)
