@@ -14,7 +14,7 @@ from typing import Any
 if "WEB_CONCURRENCY" not in os.environ:
     workers = 2
 worker_class = "gthread"
-threads = 32
+threads = 128
 
 # Heartbeats are a file's timestamps; on a disk they can stall, and a stalled worker is killed.
 if os.path.isdir("/dev/shm"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -23,6 +24,7 @@ from token_store import TokenStore
 if TYPE_CHECKING:
     from wxconfig import Config
 
+log = logging.getLogger("wxapi")
 ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
 
 
@@ -58,12 +60,54 @@ class Api:
                 raise
         return self._ask(path, body, self._store.refresh(token))
 
+    def send(self, openid: str, reply: dict[str, Any]) -> None:
+        """Send a reply by the customer-service API (客服消息), within 48 hours of a message.
+
+        Args:
+            openid: the follower.
+            reply: a dict from a builder of wxmessage, or what ``reply()`` was answered with.
+
+        Raises:
+            ApiError: WeChat refused it, or this kind of reply cannot be sent this way.
+        """
+        kind = str(reply.get("MsgType"))
+        match reply:
+            case {"MsgType": "text", "Content": content}:
+                inside: dict[str, Any] = {"content": content}
+            case {"MsgType": "news", "Articles": {"item": items}}:
+                articles = items if isinstance(items, list) else [items]
+                inside = {"articles": [_lowered(article) for article in articles]}
+            case {"MsgType": "image", "Image": dict(fields)} | {
+                "MsgType": "voice",
+                "Voice": dict(fields),
+            }:
+                inside = {"media_id": fields.get("MediaId")}
+            case {"MsgType": "video", "Video": dict(fields)}:
+                inside = _lowered(fields) | {"media_id": fields.get("MediaId")}
+            case {"MsgType": "music", "Music": dict(fields)}:
+                inside = _lowered(fields) | {"thumb_media_id": fields.get("ThumbMediaId")}
+            case _:
+                raise ApiError(f"a reply of MsgType {kind} cannot be sent by 客服消息")
+        self.call("message/custom/send", {"touser": openid, "msgtype": kind, kind: inside})
+
+    def typing(self, openid: str) -> None:
+        """Let a follower see that an answer is being written; what fails is only logged."""
+        try:
+            self.call("message/custom/typing", {"touser": openid, "command": "Typing"})
+        except ApiError as error:
+            log.warning("no typing indicator: %s", error)
+
     def _ask(self, path: str, body: dict[str, Any] | None, token: str) -> dict[str, Any]:
         path = quote(
             path if path.startswith("/") else f"/cgi-bin/{path}", safe="/?&=%+,:@", errors="replace"
         )
         url = f"{self._api_base}{path}{'&' if '?' in path else '?'}"
         return token_store.fetch_json(url + urlencode({"access_token": token}), body, token)
+
+
+def _lowered(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields as this API spells them: PicUrl is picurl."""
+    return {name.lower(): value for name, value in fields.items() if not name.endswith("MediaId")}
 
 
 def from_config(config: Config) -> Api:

@@ -37,12 +37,16 @@ class Config:
     endpoint: str = "stable_token"
     margin: int = 240  # seconds
     api_base: str = "https://api.weixin.qq.com"
+    once: bool = True
+    late: str = "pickup"
+    late_text: str = "还在处理，请稍后发送任意消息查看结果。"  # noqa: RUF001
 
     def __post_init__(self) -> None:
         """Choose the default of ``encryption``, and see that it has what it needs.
 
         Raises:
-            ConfigError: a key without an AppID, or ``encryption`` without a key.
+            ConfigError: a key without an AppID, ``encryption`` without a key, or ``late`` = push
+                without what its API needs.
         """
         encryption = self.encryption or ("safe" if self.encoding_aes_key else "plain")
         object.__setattr__(self, "encryption", encryption)
@@ -52,6 +56,8 @@ class Config:
             raise ConfigError(
                 f"[wechat] encryption: {encryption} needs encoding_aes_key, or WX_ENCODING_AES_KEY"
             )
+        if self.late == "push" and not (self.appid and self.appsecret):
+            raise ConfigError("[reply] late: push needs [wechat] appid and appsecret")
 
 
 def _text(pattern: str, allowed: str) -> Callable[[str], str]:
@@ -70,6 +76,12 @@ def _number(least: int, most: int) -> Callable[[str], int]:
         return int(value)
 
     return convert
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("on or off")
+    return value == "on"
 
 
 TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
@@ -100,6 +112,11 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "endpoint": _text("stable_token|token", "stable_token or token"),
         "margin": _number(0, 7200),
         "api_base": _text(_API_BASE, "https://HOST, or http:// on 127.0.0.1 or localhost"),
+    },
+    "reply": {
+        "once": _switch,
+        "late": _text("pickup|push|drop", "pickup, push or drop"),
+        "late_text": _text(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters"),
     },
 }
 _ENVIRONMENT = {

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import hmac
 import os
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def verify(signature: str, token: str, *parts: str) -> bool:
 class MessageCipher:
     """Encrypts and decrypts the messages of one account, with AES-256-CBC of ``cryptography``.
 
+    To set AES up takes longer than to use it, so that is done once for all messages. In CBC a block
+    depends on the one before, which for the first one is the key's first half: a decryptor that has
+    worked before is given that first and what comes of it is thrown away. An encryptor is not: it
+    goes on from the last block, which makes the 16 bytes that have to be random anyway.
+
     Args:
         encoding_aes_key: the console's EncodingAESKey, 43 characters.
         appid: the account's AppID, which stands inside every encrypted message.
@@ -58,16 +64,20 @@ class MessageCipher:
         if len(encoding_aes_key) != 43 or not appid:
             raise ValueError("an EncodingAESKey of 43 characters and an AppID are needed")
         key = base64.b64decode(encoding_aes_key + "=", validate=True)
-        self._cipher = Cipher(algorithms.AES(key), modes.CBC(key[:16]))
-        self._appid = appid.encode()
+        self._iv, self._appid = key[:16], appid.encode()
+        self._cipher = Cipher(algorithms.AES(key), modes.CBC(self._iv))
+        self._decryptor, self._encryptor = self._cipher.decryptor(), self._cipher.encryptor()
+        self._encryptor.update(os.urandom(16))
+        self._lock = threading.Lock()
 
     def encrypt(self, message: bytes, random: bytes = b"") -> str:
         """Return the Encrypt of ``message``; ``random`` is 16 bytes, new ones by default."""
-        data = (random or os.urandom(16)) + len(message).to_bytes(4, "big") + message + self._appid
-        pad = BLOCK - len(data) % BLOCK
-        encryptor = self._cipher.encryptor()
-        # Of whole blocks update() leaves nothing over for finalize().
-        return base64.b64encode(encryptor.update(data + bytes([pad]) * pad)).decode()
+        content = (random or bytes(16)) + len(message).to_bytes(4, "big") + message + self._appid
+        pad = BLOCK - len(content) % BLOCK
+        with self._lock:
+            encryptor = self._cipher.encryptor() if random else self._encryptor
+            data = encryptor.update(content + bytes([pad]) * pad)
+        return base64.b64encode(data).decode()
 
     def decrypt(self, encrypt: str) -> bytes:
         """Return the message in ``encrypt``, whose signature has been verified.
@@ -81,7 +91,8 @@ class MessageCipher:
             raise DecryptError("Encrypt is not base64") from None
         if not data or len(data) % BLOCK:
             raise DecryptError(f"Encrypt is not whole blocks of {BLOCK} bytes")
-        data = self._cipher.decryptor().update(data)
+        with self._lock:
+            data = self._decryptor.update(self._iv + data)[16:]
         pad = data[-1]
         if not 1 <= pad <= BLOCK or not data.endswith(bytes([pad]) * pad):
             raise DecryptError("wrong padding; is encoding_aes_key the one in WeChat's console?")

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
@@ -25,6 +26,8 @@ from wxmessage import Message, MessageError, Reply
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+    from reply_once import ReplyOnce
+
     application: WSGIApplication
 
 log = logging.getLogger("wxserver")
@@ -32,6 +35,7 @@ log = logging.getLogger("wxserver")
 BAD_REQUEST = "400 Bad Request"
 FORBIDDEN = "403 Forbidden"
 NOT_FOUND = "404 Not Found"
+UNAVAILABLE = "503 Service Unavailable"
 METHOD_NOT_ALLOWED = "405 Method Not Allowed"
 CONTENT_TOO_LARGE = "413 Content Too Large"
 
@@ -45,6 +49,9 @@ _VERIFICATION = _SIGNED | {"echostr": re.compile("[\x00-\xff]{1,1024}")}  # any 
 _METHODS = ("GET", "POST")
 
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
+
+# The sign at the end of a text that goes on elsewhere, by [reply] late.
+_MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}  # noqa: RUF001
 
 _TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML = [("Content-Type", "application/xml")]
@@ -76,6 +83,8 @@ def create_application(
     """
     cipher = wxcrypto.from_config(config)
     token = wxconfig.callback_token(config)
+    once = _once(config, clock) if config.once else None
+    more = _MORE[config.late] if once else ""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, now = "200 OK", _TEXT, clock()
@@ -101,7 +110,11 @@ def create_application(
                     xml = _body(environ, config.max_body)
                 message = wxmessage.from_xml(xml)
                 wxmessage.check(message)
-                headers, body = _answer(message, reply, now)
+                run = partial(_run, message, reply, clock, more)
+                made = once.answer(message, run) if once else b"".join(run())
+                if made is None:
+                    raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
+                headers, body = (_XML, made) if made else (_TEXT, b"success")  # no reply
                 if sealed and headers is _XML:  # success stays in the clear
                     body = _envelope(sealed.encrypt(body), token, query["nonce"], now)
         except (Refused, MessageError, DecryptError) as error:
@@ -189,20 +202,45 @@ def _encrypt(body: bytes) -> str:
     return encrypt
 
 
-def _answer(
-    message: Message, reply: Callable[[Message], Reply], now: float
-) -> tuple[list[tuple[str, str]], bytes]:
-    """Return the headers and the body. "success" tells WeChat that there is no reply."""
+def _run(
+    message: Message, reply: Callable[[Message], Reply], clock: Callable[[], float], more: str
+) -> list[bytes]:
+    """Run ``reply()``; return the XML of its answer, in more than one part if it is too long."""
     kind = message["MsgType"]
     try:
-        answer = wxmessage.answer(message, reply(dict(message)), now)
-        if answer is not None:
-            return _XML, wxmessage.to_xml(answer)
+        answer = wxmessage.answer(message, reply(dict(message)), clock(), more)
+        return [wxmessage.to_xml(part) for part in answer]
     # Anything else than success would be sent again and shown as a failure; and what is no
     # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
     except BaseException:
         log.exception("reply() failed for MsgType %r; answered success", kind[:32])
-    return _TEXT, b"success"
+        return []
+
+
+def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
+    import reply_once
+
+    def please_wait(message: Message) -> bytes:
+        return wxmessage.to_xml(wxmessage.answer(message, config.late_text, clock())[0])
+
+    push = typing = None
+    if config.late == "push":
+        import wxapi
+
+        api = wxapi.from_config(config)
+        typing = api.typing
+
+        def push(openid: str, xml: bytes) -> None:
+            api.send(openid, wxmessage.from_xml(xml))
+
+    return reply_once.ReplyOnce(
+        config.state_dir / "replies",
+        please_wait,
+        keep_late=config.late != "drop",
+        push=push,
+        typing=typing,
+        clock=clock,
+    )
 
 
 def _envelope(encrypt: str, token: str, nonce: str, now: float) -> bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -47,7 +48,9 @@ BODY = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
 </xml>""".encode()
 ECHO = "你好 hello".encode()
 KEY, APPID = "A" * 43, "wxba5fad812f8e6fb9"
-ENCRYPTED = "wxserver, encrypted"
+ENCRYPTED, ONCE = "wxserver, encrypted", "wxserver, once"
+MSG_ID = b"24500000000000001"
+SHM = "/dev/shm"  # tmpfs
 CONNECTIONS = 16
 REUSE = {"kept": 20, "new": 1}  # requests a connection
 PEERS = {"WeRoBot": "peer_werobot", "wechatpy + Flask": "peer_wechatpy"}
@@ -60,15 +63,23 @@ def query(**more: str) -> str:
     return urlencode({"signature": signature, "timestamp": timestamp, "nonce": nonce, **more})
 
 
+_msg_ids = itertools.count(time.time_ns() // 1000)
+
+
 def message(encrypted: bool = False) -> tuple[str, bytes]:
     """Return the query and the body of a follower's message."""
     if not encrypted:
-        return query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY"), BODY
-    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(BODY)
+        return query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY"), unique(BODY)
+    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(unique(BODY))
     fields = dict(parse_qsl(query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY", encrypt_type="aes")))
     fields["msg_signature"] = wxcrypto.sign(TOKEN, fields["timestamp"], fields["nonce"], encrypt)
     body = wxmessage.to_xml({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypt})
     return urlencode(fields), body
+
+
+def unique(request: bytes) -> bytes:
+    """Return the request with a MsgId that no other has."""
+    return request.replace(MSG_ID, b"%017d" % next(_msg_ids))
 
 
 @dataclass
@@ -95,7 +106,8 @@ def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> It
     config = folder / f"{port}.ini"
     encrypted = name == ENCRYPTED
     key = f"appid = {APPID}\nencoding_aes_key = {KEY}\n" if encrypted else ""
-    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}")
+    once = f"state_dir = {folder / 'state'}\n[reply]\nonce = {'on' if name == ONCE else 'off'}\n"
+    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}[server]\n{once}")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))}
     environ |= {"WX_TOKEN": TOKEN, "WXSERVER_CONFIG": str(config), "PYTHONPATH": path}
     arguments = [str(gunicorn), "-c", "gunicorn.conf.py", "-b", f"127.0.0.1:{port}", module]
@@ -116,6 +128,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
         RuntimeError: an answer is not the echo.
     """
     query, body = message(encrypted)
+    body = body if encrypted else BODY
     request = (
         f"POST /wx?{query} HTTP/1.1\r\nHost: wx.example.com"
         f"\r\nContent-Type: text/xml\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -126,7 +139,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
 
     def start() -> None:
         connection = connect(port, ready)
-        connection.sendall(request)
+        connection.sendall(unique(request))
         open_[connection.fileno()] = (connection, 1)
         poll.register(connection.fileno(), select.EPOLLIN)
 
@@ -147,7 +160,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
                 raise RuntimeError(f"no echo: {parts[fd][:200]!r}")
             count, parts[fd], last = count + 1, b"", body
             if asked < reuse:
-                connection.sendall(request)
+                connection.sendall(unique(request))
                 open_[fd] = (connection, asked + 1)
             else:
                 del open_[fd]
@@ -197,7 +210,7 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     """Print the echo's throughput, CPU and memory beside those of the bare callable."""
     own = Path(sys.executable).with_name("gunicorn")
     start = [("bare callable", "bare", own, str(HERE)), ("wxserver", "wxserver", own, "")]
-    start += [(ENCRYPTED, "wxserver", own, "")]
+    start += [(ONCE, "wxserver", own, ""), (ENCRYPTED, "wxserver", own, "")]
     if peers:
         start += [(name, module, peers, str(HERE)) for name, module in PEERS.items()]
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)  # requests per second
@@ -231,7 +244,8 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
 
 def in_process(rounds: int) -> None:
     """Print what the callable and ``TokenStore.get()`` take by themselves."""
-    plain, safe = Config(token=TOKEN), Config(token=TOKEN, appid=APPID, encoding_aes_key=KEY)
+    plain = Config(token=TOKEN, once=False)
+    safe = replace(plain, appid=APPID, encoding_aes_key=KEY, encryption="safe")
 
     def call(config: Config, method: str, query: str, body: bytes) -> Callable[[], object]:
         application: Any = wxserver.create_application(config)
@@ -239,10 +253,13 @@ def in_process(rounds: int) -> None:
         environ = {"REQUEST_METHOD": method, "PATH_INFO": "/wx", "CONTENT_LENGTH": length}
         environ["QUERY_STRING"] = query
         return lambda: list(
-            application({**environ, "wsgi.input": io.BytesIO(body)}, lambda *_: None)
+            application({**environ, "wsgi.input": io.BytesIO(unique(body))}, lambda *_: None)
         )
 
-    with tempfile.TemporaryDirectory() as folder:
+    def claimed(folder: str) -> Config:
+        return replace(plain, once=True, state_dir=Path(folder))
+
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=SHM) as shm:
         path = Path(folder) / "access_token.json"
         store = token_store.TokenStore(path, "wx1", "secret")
         age = {"fetched_at": time.time(), "uptime": token_store._uptime()}
@@ -250,7 +267,9 @@ def in_process(rounds: int) -> None:
         path.write_text(json.dumps(token | age))
         assert store.get() == "T" * 512
         figures: dict[str, tuple[Callable[[], object], int, list[float]]] = {
-            "POST, an echo": (call(plain, "POST", *message()), 2000, []),
+            "POST, an echo": (call(plain, "POST", query(), BODY), 2000, []),
+            "… once, on tmpfs": (call(claimed(shm), "POST", query(), BODY), 1000, []),
+            "… once, on disk": (call(claimed(folder), "POST", query(), BODY), 1000, []),
             "POST, encrypted": (call(safe, "POST", *message(encrypted=True)), 1000, []),
             "GET, a verification": (call(plain, "GET", query(echostr="4375"), b""), 5000, []),
             "TokenStore.get()": (store.get, 20000, []),

@@ -32,7 +32,7 @@ def echo(message: dict[str, Any]) -> Any:
 def make_app(
     encryption: str = "safe", reply: Callable[[dict[str, Any]], Any] = echo, **more: Any
 ) -> Any:
-    more = {"token": TOKEN, "appid": APPID, "encoding_aes_key": KEY, **more}
+    more = {"token": TOKEN, "appid": APPID, "encoding_aes_key": KEY, "once": False, **more}
     return TestApp(create_application(Config(encryption=encryption, **more), reply, lambda: NOW))
 
 

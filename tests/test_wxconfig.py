@@ -48,6 +48,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         max_age = 0
         max_body = 65536
         state_dir = /var/lib/elsewhere
+        [reply]
+        once = off
+        late = drop
+        late_text = Please wait, 请稍候
         [access_token]
         endpoint = token
         margin = 600
@@ -64,6 +68,9 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         max_age=0,
         max_body=65536,
         state_dir=Path("/var/lib/elsewhere"),
+        once=False,
+        late="drop",
+        late_text="Please wait, 请稍候",
         endpoint="token",
         margin=600,
         api_base="https://token.example.com:8443/proxy",
@@ -116,6 +123,10 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         ("[access_token]\napi_base = https://[::1\n", "must be https://HOST"),
         ("[server]\nstate_dir =\n", "[server] state_dir: '': must be a folder"),
         ("[access_token]\nendpoint = x\n", "endpoint: 'x': must be stable_token or token"),
+        ("[reply]\nonce = yes\n", "[reply] once: 'yes': must be on or off"),
+        ("[reply]\nlate = never\n", "[reply] late: 'never': must be pickup, push or drop"),
+        ("[reply]\nlate_text =\n", "[reply] late_text: '': must be one line of 1 to 500"),
+        ("[reply]\nlate = push\n", "[reply] late: push needs [wechat] appid and appsecret"),
         ("[access_token]\nmargin = 8000\n", "margin: '8000': must be a whole number from 0 to"),
         ("[access_token]\napi_base = http://a.example\n", "api_base: 'http://a.example': must be"),
         ("[access_token]\napi_base = http://localhost.example\n", "must be https://HOST"),

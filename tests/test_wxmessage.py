@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxmessage
-from wxmessage import MessageError, answer, from_xml, to_xml
+from wxmessage import MessageError, from_xml, to_xml
+
+
+def answer(*arguments: Any) -> Any:
+    """Return the first or only message of an answer."""
+    return next(iter(wxmessage.answer(*arguments)), None)
+
 
 MESSAGE = from_xml(message_xml())
 EVENT = MESSAGE | {"MsgType": "event", "Event": "CLICK", "EventKey": "menu1"}

@@ -27,7 +27,8 @@ ANY = {"expect_errors": True}
 
 def make_app(reply: Callable[[Any], Any] = lambda message: message["Content"], **more: Any) -> Any:
     clock = more.pop("clock", lambda: float(NOW))
-    return TestApp(create_application(Config(token=TOKEN, **more), reply, clock))
+    config = Config(**{"token": TOKEN, "once": False, **more})
+    return TestApp(create_application(config, reply, clock))
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_max_age_0_turns_the_check_off() -> None:
 
 
 def test_with_no_token_one_is_made_and_the_empty_one_verifies_nothing(tmp_path: Path) -> None:
-    config = Config(token="", state_dir=tmp_path / "state")
+    config = Config(token="", state_dir=tmp_path / "state", once=False)
     app = TestApp(create_application(config, clock=lambda: float(NOW)))
     assert app.get(f"/wx?{signed(token='', echostr='1')}", **ANY).status_int == 403
     made = (tmp_path / "state" / "callback_token").read_text().strip()
@@ -194,7 +195,9 @@ class Unread(io.BytesIO):
 def bare(body: io.BytesIO, reply: Any = lambda message: message["Content"], **environ: Any) -> str:
     """Call the application without WebTest, which reads the body itself; return the status."""
     seen: list[str] = []
-    application: Any = create_application(Config(token=TOKEN), reply, lambda: float(NOW))
+    application: Any = create_application(
+        Config(token=TOKEN, once=False), reply, lambda: float(NOW)
+    )
     base = {"REQUEST_METHOD": "POST", "PATH_INFO": "/wx", "QUERY_STRING": signed()}
     environ = {**base, "wsgi.input": body, **environ}
     list(application(environ, lambda status, _: seen.append(status)))

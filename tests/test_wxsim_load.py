@@ -32,7 +32,7 @@ Bot = Callable[[Message], bytes]  # from a message to the body of the answer; b"
 
 def answer(message: Message, reply: Reply) -> bytes:
     whole = wxmessage.answer(message, reply, time.time())
-    return wxmessage.to_xml(whole) if whole else b"success"
+    return wxmessage.to_xml(whole[0]) if whole else b"success"
 
 
 def echo(message: Message) -> bytes:

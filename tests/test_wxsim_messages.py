@@ -59,7 +59,9 @@ def field(message: Any, path: str) -> Any:
 
 def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     """Send ``message`` as the simulator does; return what ``reply()`` gets of it."""
-    config = Config(token=TOKEN, appid=APPID, encoding_aes_key=KEY, encryption=encryption)
+    config = Config(
+        token=TOKEN, appid=APPID, encoding_aes_key=KEY, encryption=encryption, once=False
+    )
     got: list[dict[str, Any]] = []
     app = TestApp(create_application(config, got.append))
     account = wxsim_wire.account(config, "http://localhost/wx")
