@@ -98,6 +98,8 @@ def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_read
         "Environment=WXSERVER_CONFIG=/etc/wxserver/config.ini",
         "EnvironmentFile=-/etc/wxserver/environment",
         "StateDirectory=wxserver",
+        "RuntimeDirectory=wxserver",
+        "ExecStartPre=-/bin/ln -sfnT /run/wxserver /var/lib/wxserver/replies",
         "Type=notify",
         "ExecStart=/opt/wxserver/.venv/bin/gunicorn wxserver",
         "ExecReload=/opt/wxserver/.venv/bin/gunicorn --check-config wxserver",
@@ -105,6 +107,12 @@ def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_read
         "Restart=always",
     ):
         assert line in unit
+
+
+def test_every_module_is_installed() -> None:
+    listed = (ROOT / "pyproject.toml").read_text().partition("py-modules = [")[2].partition("]")[0]
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"gunicorn.conf"}
+    assert set(listed.replace('"', "").replace(",", "").split()) == modules
 
 
 def test_the_environment_file_names_what_the_config_reads() -> None:
