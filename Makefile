@@ -2,7 +2,7 @@
 PYTHON ?= python3
 bin = .venv/bin
 
-.PHONY: install run test lint bench bench-peers
+.PHONY: install run test lint bench bench-peers soak
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ lint: install
 
 bench: install
 	$(bin)/python bench/bench.py
+
+soak: install
+	$(bin)/python bench/soak.py
 
 # The peers have a venv of their own: nothing of theirs is needed to run or to develop. Their
 # versions are the ones of the README's figures.

@@ -10,6 +10,7 @@ alike.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import io
 import itertools
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ import token_store
 import wxcrypto
 import wxmessage
 import wxserver
+import wxsim_messages
+import wxsim_wire
 from wxconfig import Config
 
 HERE = Path(__file__).resolve().parent
@@ -285,6 +288,43 @@ def in_process(rounds: int) -> None:
         print(f"{name:24}{statistics.median(results):8.1f}{min(results):8.1f}")
 
 
+async def slow_replies(server: Server, followers: int = 60, seconds: int = 12) -> list[str]:
+    """Let followers ask at once for what takes long, and somebody else for what does not."""
+    to = wxsim_wire.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
+    tries: Counter[int] = Counter()
+
+    async def ask(follower: str, text: str) -> float:
+        began, failed = time.monotonic(), []
+        message = wxsim_messages.make("text", follower, time.time()) | {"Content": text}
+        xml = wxmessage.to_xml(message)
+        answer = await wxsim_wire.deliver(to, xml, follower, lambda *why: failed.append(why))
+        if answer and wxsim_wire.read(to, xml, answer).text == text:
+            tries[len(failed) + 1] += 1
+        return time.monotonic() - began
+
+    async def fast() -> list[float]:
+        took = []
+        for number in range(10):
+            await asyncio.sleep(seconds / 11)
+            took.append(await ask("fast", f"0 {number}"))
+        return took
+
+    meanwhile = asyncio.create_task(fast())
+    slow = [ask(f"slow{number}", f"{seconds} {number}") for number in range(followers)]
+    await asyncio.gather(*slow)
+    quick = await meanwhile
+    lines = Path(os.environ["RUNS"]).read_text().splitlines()
+    runs = Counter(line.partition(" ")[2] for line in lines)
+    return [
+        f"{followers} followers at once, reply() takes {seconds} s",
+        f"  answered  {tries.total() - tries[1]} of {followers}, at the try {dict(tries)}",
+        f"  run twice {sum(count > 1 for count in runs.values())}",
+        f"  a fast message meanwhile: {statistics.median(quick) * 1000:.0f} ms in the median,"
+        f" {max(quick) * 1000:.0f} ms at most",
+        f"  memory of two workers: {pss(server.workers()):.1f} MiB",
+    ]
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -294,6 +334,11 @@ def main() -> None:
     arguments = parser.parse_args()
     in_process(arguments.rounds)
     through_gunicorn(arguments.rounds, arguments.seconds, arguments.peers)
+    with tempfile.TemporaryDirectory(dir=SHM) as folder:
+        os.environ["RUNS"] = str(Path(folder) / "runs")
+        own = Path(sys.executable).with_name("gunicorn")
+        with serve(ONCE, "slow", own, str(HERE), Path(folder)) as server:
+            print("\n" + "\n".join(asyncio.run(slow_replies(server))))
 
 
 if __name__ == "__main__":
