@@ -126,7 +126,7 @@ class ReplyOnce:
             self._complain("a copy of this message would run reply() again", error)
             return _first(run())
         self._sweep_now_and_then()
-        copy, typing = 0, None
+        copy, typing = 0, False
         try:
             while True:
                 locked = _lock(fd)
@@ -139,17 +139,18 @@ class ReplyOnce:
                 if locked and copy < COPIES:
                     return self._run(fd, asked)
                 if locked:  # whoever runs reply() could not say the last word
-                    fd = self._run_beside(fd, asked)
+                    try:
+                        fd = self._run_beside(fd, asked)
+                    except (OSError, RuntimeError):  # no more files or threads
+                        return self._run(fd, asked)
                 waited = time.monotonic() - asked.came
                 if copy >= COPIES and waited >= LAST_WORD * self._patience:
                     return self._last_word(fd, asked)
                 if waited >= self._patience:
                     return None
                 if self._typing and copy > 1 and not typing:
-                    typing = threading.Thread(
-                        target=self._typing, args=(message["FromUserName"],), daemon=True
-                    )
-                    typing.start()
+                    typing = True
+                    _start(threading.Thread(target=self._typing, args=(message["FromUserName"],)))
                 time.sleep(POLL)
         finally:
             _unlock(fd)
@@ -192,7 +193,7 @@ class ReplyOnce:
         late = took > LAST_WORD * self._patience and _read(fd).late
         if self._push and (late or len(parts) > 1):
             # After the answer that is being returned: the follower reads them in this order.
-            threading.Timer(1.0, self._push_waiting, (asked,)).start()
+            _start(threading.Timer(1.0, self._push_waiting, (asked,)))
         return _first(parts)
 
     def _run_beside(self, fd: int, asked: _Asked) -> int:
@@ -205,7 +206,11 @@ class ReplyOnce:
             finally:
                 _unlock(fd)
 
-        threading.Thread(target=beside).start()
+        try:
+            threading.Thread(target=beside).start()
+        except RuntimeError:
+            os.close(other)
+            raise
         return other
 
     def _last_word(self, fd: int, asked: _Asked) -> bytes:
@@ -279,7 +284,7 @@ class ReplyOnce:
         now = self._clock()
         if not 0 <= self._sweep_at - now <= SWEEP:  # also when the clock was set back
             self._sweep_at = now + SWEEP
-            threading.Thread(target=self._sweep, args=(now,), daemon=True).start()
+            _start(threading.Thread(target=self._sweep, args=(now,), daemon=True))
 
     def _sweep(self, now: float) -> None:
         """Forget what is old. One process does, at most once in ``SWEEP`` seconds."""
@@ -296,6 +301,11 @@ class ReplyOnce:
             os.utime(fd)
 
 
+def _start(thread: threading.Thread) -> None:
+    with contextlib.suppress(RuntimeError):  # there are too many; no answer depends on this one
+        thread.start()
+
+
 def _first(parts: Parts) -> bytes:
     return parts[0] if parts else b""
 
@@ -310,9 +320,9 @@ def _names(message: Message) -> tuple[str, str]:
     if message.get("MsgType") == "event":
         which = "+".join(str(message.get(name)) for name in ("CreateTime", "Event", "EventKey"))
     name = f"{who}+{which}" if which else ""
-    if _SAFE.fullmatch(name):  # what WeChat sends is
+    if _SAFE.fullmatch(name):  # as nearly always
         return who, name
-    return _digest(who), _digest(name) if name else ""
+    return who if _SAFE.fullmatch(who) else _digest(who), _digest(name) if name else ""
 
 
 def _digest(name: str) -> str:

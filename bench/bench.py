@@ -221,7 +221,8 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     for number in range(rounds):
         if number % 5 == 0:  # anew now and then: a process has its luck with caches and cores
             stack = contextlib.ExitStack()
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            # In memory, where the systemd unit keeps the files of reply_once too.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SHM)))
             servers = [stack.enter_context(serve(*each, folder)) for each in start]
         for way, reuse in REUSE.items():
             for server in servers:

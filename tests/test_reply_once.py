@@ -198,6 +198,12 @@ def test_the_last_copy_is_told_to_wait_in_time_and_the_answer_waits_for_the_next
     assert (bot.runs, other.runs) == (1, 3)
 
 
+def test_what_an_event_is_answered_late_waits_as_well(folder: Path) -> None:
+    once, clicked = make(folder), event(EventKey="https://example.com/?a=菜单")
+    assert send(once, clicked, Counted(b"late", seconds=4 * PATIENCE))[-1] == WAIT
+    assert once.answer(message(2), Counted(b"other")) == b"late"
+
+
 def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> None:
     once, bot = make(folder), Counted(b"late", seconds=4 * PATIENCE)
     send(once, message(), bot)
