@@ -315,7 +315,7 @@ async def slow_replies(server: Server, followers: int = 60, seconds: int = 12) -
     await asyncio.gather(*slow)
     quick = await meanwhile
     lines = Path(os.environ["RUNS"]).read_text().splitlines()
-    runs = Counter(line.partition(" ")[2] for line in lines)
+    runs = Counter(text for line in lines if (text := line.partition(" ")[2])[0].isdigit())
     return [
         f"{followers} followers at once, reply() takes {seconds} s",
         f"  answered  {tries.total() - tries[1]} of {followers}, at the try {dict(tries)}",

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=float, default=50, help="messages a second, default: 50")
     parser.add_argument("--seconds", type=float, default=60, help="default: 60")
-    parser.add_argument("--kill", type=float, default=5, help="seconds between kills, default: 5")
+    parser.add_argument("--kill", type=float, default=7, help="seconds between kills, default: 7")
     arguments = parser.parse_args()
     own = Path(sys.executable).with_name("gunicorn")
     with tempfile.TemporaryDirectory(dir=bench.SHM) as name:
@@ -68,9 +68,11 @@ def soak(server: bench.Server, folder: Path, arguments: argparse.Namespace) -> b
     bench.load(server.port, 0.1, encrypted=False)  # whoever comes next sweeps
     time.sleep(1)
     old = time.time() - reply_once.KEEP
-    left = [p for p in (folder / "state" / "replies").rglob("*") if p.is_file()]
-    left = [path for path in left if path.name != "swept" and path.stat().st_mtime < old]
-    print(f"{len(left)} files left after the sweep")
+    replies = folder / "state" / "replies"
+    left = [p for p in replies.iterdir() if p.is_file() and p.name != "swept"]
+    left = [path for path in left if path.stat().st_mtime < old]
+    waiting = sum(path.is_file() for path in replies.glob("late/*/*"))
+    print(f"{len(left)} files left after the sweep, {waiting} kept for a follower's next message")
     return load.returncode == 0 and not wrong and not left
 
 
