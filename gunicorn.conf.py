@@ -9,8 +9,10 @@ import sys
 from typing import Any
 
 # Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
-# on a database or another API. A client that sends its request slowly holds a thread as well, which
-# is why nginx, who waits for the whole of it, stands in front, and gunicorn listens on 127.0.0.1.
+# on a database or another API. A slow one holds two, one that runs it and one whose copy waits, and
+# with 60 of them at once, all at one worker, there is still one left for a fast one. A client that
+# sends its request slowly holds a thread as well, which is why nginx, who waits for the whole of
+# it, stands in front, and gunicorn listens on 127.0.0.1.
 if "WEB_CONCURRENCY" not in os.environ:
     workers = 2
 worker_class = "gthread"
