@@ -381,11 +381,18 @@ def _parse(data: bytes) -> _Found:
 def _forget(folder: str, before: float) -> None:
     """Remove the files of ``folder`` that nobody has touched since ``before``, in Unix seconds."""
     for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < before:
-            with contextlib.suppress(OSError):
-                fd = _open(entry.path)
-                try:
-                    if _lock(fd):  # else reply() still runs
-                        os.unlink(entry.path)
-                finally:
-                    _unlock(fd)
+        if not entry.is_file(follow_symlinks=False):
+            continue
+        with contextlib.suppress(OSError):
+            stat = entry.stat()
+            if stat.st_mtime >= before:
+                continue
+            if stat.st_size > 2 * COPIES:  # more than marks: the answer is there
+                os.unlink(entry.path)
+                continue
+            fd = _open(entry.path)
+            try:
+                if _lock(fd):  # else reply() still runs
+                    os.unlink(entry.path)
+            finally:
+                _unlock(fd)

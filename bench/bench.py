@@ -219,25 +219,25 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)  # requests per second
     cpu, memory = defaultdict(list), defaultdict(list)  # µs per request, MiB: of all workers
     for number in range(rounds):
-        if number % 5 == 0:  # anew now and then: a process has its luck with caches and cores
-            stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
             # In memory, where the systemd unit keeps the files of reply_once too.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SHM)))
-            servers = [stack.enter_context(serve(*each, folder)) for each in start]
-        for way, reuse in REUSE.items():
-            for server in servers:
-                pids = server.workers()
-                before = cpu_seconds(pids)
-                rate = load(server.port, seconds, server.encrypted, reuse)
-                rates[server.name, way].append(rate)
-                cpu[server.name, way].append((cpu_seconds(pids) - before) / (rate * seconds) * 1e6)
-                memory[server.name].append(pss(pids))
-        if number % 5 == 4 or number == rounds - 1:
-            stack.close()
+            # Anew and in another order each time: a process has its luck with caches and cores.
+            turn = number % len(start)
+            order = start[turn:] + start[:turn]
+            servers = [stack.enter_context(serve(*each, folder)) for each in order]
+            for way, reuse in REUSE.items():
+                for server in servers:
+                    pids, key = server.workers(), (server.name, way)
+                    before = cpu_seconds(pids)
+                    rate = load(server.port, seconds, server.encrypted, reuse)
+                    rates[key].append(rate)
+                    cpu[key].append((cpu_seconds(pids) - before) / (rate * seconds) * 1e6)
+                    memory[server.name].append(pss(pids))
         print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     print(f"\n{'echo through gunicorn':24}{'connections':>12}{'ratio':>8}{'req/s':>8}{'CPU µs':>8}")
-    for (name, way), values in rates.items():
-        bare = rates["bare callable", way]
+    for name, way in itertools.product([name for name, *_ in start], REUSE):
+        values, bare = rates[name, way], rates["bare callable", way]
         ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
         figures = (ratio, statistics.median(values), statistics.median(cpu[name, way]))
         print("{:24}{:>12}{:8.2f}{:8.0f}{:8.0f}".format(name, way, *figures))
@@ -329,7 +329,7 @@ async def slow_replies(server: Server, followers: int = 60, seconds: int = 12) -
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="default: 25")
+    parser.add_argument("--rounds", type=int, default=18, help="default: 18")
     parser.add_argument("--seconds", type=float, default=0.5, help="of a round, default: 0.5")
     parser.add_argument("--peers", type=Path, help="a gunicorn beside WeRoBot, wechatpy and Flask")
     arguments = parser.parse_args()
