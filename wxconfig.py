@@ -39,7 +39,7 @@ class Config:
     api_base: str = "https://api.weixin.qq.com"
     once: bool = True
     late: str = "pickup"
-    late_text: str = "还在处理，请稍后发送任意消息查看结果。"  # noqa: RUF001
+    late_text: str = "还在处理，请稍后发送任意消息查看结果。"
 
     def __post_init__(self) -> None:
         """Choose the default of ``encryption``, and see that it has what it needs.

@@ -51,7 +51,7 @@ _METHODS = ("GET", "POST")
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
 # The sign at the end of a text that goes on elsewhere, by [reply] late.
-_MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}  # noqa: RUF001
+_MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}
 
 _TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML = [("Content-Type", "application/xml")]

@@ -226,7 +226,7 @@ def report(tally: Tally, rate: float) -> str:
         ranks = {name: math.ceil(share * len(ordered)) for name, share in shares.items()}
         figures = [f"{name} {ordered[rank - 1] * 1000:.1f} ms" for name, rank in ranks.items()]
         lines.append(f"latency    {', '.join(figures)}")
-    lines += [f"{count:7} × {why}" for why, count in tally.errors.most_common(REASONS)]  # noqa: RUF001
+    lines += [f"{count:7} × {why}" for why, count in tally.errors.most_common(REASONS)]
     if (more := len(tally.errors) - REASONS) > 0:
         lines.append(f"        and {more} more kinds of errors")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ PATIENCE = 5.0  # seconds until WeChat hangs up
 TRIES = 3  # requests for one message, all in all
 LARGEST_ANSWER = 4 * 1048576  # bytes
 CLOCK_OFF = 30.0  # seconds by which a clock may differ before it is worth a word
-FAULT = "该公众号提供的服务出现故障，请稍后再试"  # noqa: RUF001  the platform's own words
+FAULT = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
 
 
 @dataclass(frozen=True)
