@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -16,6 +17,13 @@ from conftest import ROOT, Run, message_xml, signed
 from serving import Server, gunicorn, until
 
 from wxmessage import from_xml
+
+_msg_ids = itertools.count(1)
+
+
+def message(content: str = "hello") -> bytes:
+    """Return a message that no other is a copy of."""
+    return message_xml(content, MsgId=str(next(_msg_ids)))
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def test_a_first_start_makes_one_token_for_all_workers_and_shows_it_once(server:
 
 
 def test_a_message_is_echoed(server: Server) -> None:
-    status, body = server.ask(message_xml("你好"), openid="o1")
+    status, body = server.ask(message("你好"), openid="o1")
     assert status == 200
     assert from_xml(body)["Content"] == "你好"
 
@@ -60,7 +68,7 @@ def test_many_at_once_each_get_their_own_answer(server: Server) -> None:
     server.token()
 
     def ask(number: int) -> str:
-        _, body = server.ask(message_xml(f"message {number}"))
+        _, body = server.ask(message(f"message {number}"))
         return str(from_xml(body)["Content"])
 
     with ThreadPoolExecutor(16) as pool:
@@ -69,7 +77,7 @@ def test_many_at_once_each_get_their_own_answer(server: Server) -> None:
 
 def test_the_log_has_no_signature_openid_echostr_or_text(server: Server) -> None:
     assert server.ask(echostr="4375120948345356249")[0] == 200
-    assert server.ask(message_xml("private words"), openid="oPrivate")[0] == 200
+    assert server.ask(message("private words"), openid="oPrivate")[0] == 200
     assert server.ask(path="/elsewhere")[0] == 404
     until(lambda: " GET 200 " in server.log and " POST 200 " in server.log)
     for secret in ("signature=", "nonce", "4375120948345356249", "oPrivate", "private words"):
@@ -84,7 +92,7 @@ def chunked(server: Server, body: bytes) -> bytes:
 
 
 def test_a_chunked_message_is_answered(server: Server) -> None:
-    body = message_xml("in pieces")
+    body = message("in pieces")
     pieces = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (body[:50], body[50:]))
     assert b"in pieces" in chunked(server, pieces + b"0\r\n\r\n")
 
@@ -140,9 +148,9 @@ def test_slow_replies_do_not_hold_up_the_others(run: Run, tmp_path: Path) -> Non
     server = gunicorn(run, tmp_path, "mine", WEB_CONCURRENCY="1").ready()
     server.token()
     with ThreadPoolExecutor(20) as pool:
-        slow = [pool.submit(server.ask, message_xml("slow")) for _ in range(20)]
+        slow = [pool.submit(server.ask, message("slow")) for _ in range(20)]
         until(lambda: any(future.running() for future in slow))
-        assert b"v1 fast" in server.ask(message_xml("fast"))[1]
+        assert b"v1 fast" in server.ask(message("fast"))[1]
         assert not all(future.done() for future in slow)
         assert all(b"v1 slow" in future.result()[1] for future in slow)
 
@@ -152,11 +160,11 @@ def test_hup_takes_up_a_changed_reply_without_losing_a_message(run: Run, tmp_pat
     server = gunicorn(run, tmp_path, "mine", PYTHONDONTWRITEBYTECODE="1").ready()
     server.token()
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(server.ask, message_xml("slow"))
+        slow = pool.submit(server.ask, message("slow"))
         time.sleep(0.3)
         (tmp_path / "mine.py").write_text(OWN_ENTRY_POINT.format(version="v2"))
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: b"v2 fast" in server.ask(message_xml("fast"))[1])
+        until(lambda: b"v2 fast" in server.ask(message("fast"))[1])
         assert b"v1 slow" in slow.result()[1]
 
 
@@ -192,7 +200,7 @@ def test_it_stops_at_once_when_told_and_leaves_only_its_token(run: Run, tmp_path
 def test_a_first_look_needs_the_standard_library_alone(run: Run, tmp_path: Path) -> None:
     server = Server(run, tmp_path, "-S", str(ROOT / "wxserver.py"), "--port", "{port}").ready()
     assert server.ask(echostr="4375120948345356249") == (200, b"4375120948345356249")
-    assert b"hello" in server.ask(message_xml("hello"))[1]
+    assert b"hello" in server.ask(message("hello"))[1]
     assert "signature=" not in server.log
     assert "Traceback" not in server.log
 
