@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -67,7 +68,7 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
             try:
                 if came[-1].result(timeout=PATIENCE) is not None:
                     break
-            except TimeoutError:  # WeChat hangs up
+            except futures.TimeoutError:  # WeChat hangs up
                 pass
         return [future.result() for future in came]
 
