@@ -42,7 +42,7 @@ KEEP = 30.0  # seconds that a file is kept: twice what WeChat's copies take
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account answer a message
 SWEEP = 5.0  # seconds between two sweeps
 APART = 10.0  # seconds between two errors in the log
-PAGE, ROOM = 1024, 1 << 18  # bytes of a file that are read at first, and at most
+PAGE = 1024  # bytes of a file that are read at first; there are seldom more
 
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 _SAFE = re.compile("[A-Za-z0-9_+-]{1,120}")
@@ -132,7 +132,7 @@ class ReplyOnce:
                 locked = _lock(fd)
                 if not (data := os.pread(fd, PAGE, 0)) and locked:  # as nearly always
                     return self._run(fd, asked)
-                found = _parse(data if len(data) < PAGE else os.pread(fd, ROOM, 0))
+                found = _parse(data) if len(data) < PAGE else _read(fd)
                 copy = copy or found.copies
                 if found.parts is not None:
                     return self._please_wait(message) if found.late else _first(found.parts)
@@ -363,7 +363,7 @@ def _append(fd: int, parts: Parts) -> None:
 
 
 def _read(fd: int) -> _Found:
-    return _parse(os.pread(fd, ROOM, 0))
+    return _parse(os.pread(fd, os.fstat(fd).st_size, 0))
 
 
 def _parse(data: bytes) -> _Found:

@@ -84,6 +84,14 @@ def test_every_copy_gets_the_same_bytes_from_one_run(folder: Path) -> None:
     assert bot.runs == 1
 
 
+@pytest.mark.parametrize("size", [1000, 1010, 1020, 1024, 5000, 600_000])
+def test_an_answer_of_any_size_is_remembered_whole(folder: Path, size: int) -> None:
+    bot = Counted(b"x" * size, b"y" * size)
+    assert [make(folder).answer(message(), bot) for _ in range(2)] == [b"x" * size] * 2
+    assert make(folder).answer(message(2), bot) == b"y" * size
+    assert bot.runs == 1
+
+
 def test_silence_is_remembered_too(folder: Path) -> None:
     bot = Counted()
     assert [make(folder).answer(message(), bot) for _ in range(3)] == [b""] * 3
