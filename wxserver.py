@@ -218,6 +218,7 @@ def _run(
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
+    import reply_journal
     import reply_once
 
     def please_wait(message: Message) -> bytes:
@@ -234,7 +235,7 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
             api.send(openid, wxmessage.from_xml(xml))
 
     return reply_once.ReplyOnce(
-        config.state_dir / "replies",
+        reply_journal.Journal(config.state_dir / "replies"),
         please_wait,
         keep_late=config.late != "drop",
         push=push,

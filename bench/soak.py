@@ -69,7 +69,8 @@ def soak(server: bench.Server, folder: Path, arguments: argparse.Namespace) -> b
     time.sleep(1)
     old = time.time() - reply_once.KEEP
     replies = folder / "state" / "replies"
-    left = [p for p in replies.iterdir() if p.is_file() and p.name != "swept"]
+    living = {str(pid) for pid in server.workers()}
+    left = [p for p in replies.iterdir() if p.is_file() and p.name.split(".")[1] not in living]
     left = [path for path in left if path.stat().st_mtime < old]
     waiting = sum(path.is_file() for path in replies.glob("late/*/*"))
     print(f"{len(left)} files left after the sweep, {waiting} kept for a follower's next message")

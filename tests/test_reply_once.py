@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from conftest import ROOT, Run, message_xml
 from serving import until
 
 import reply_once
+from reply_journal import Journal
 from reply_once import ReplyOnce
 from wxmessage import from_xml
 
@@ -56,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, **more: Any) -> ReplyOnce:
-    return ReplyOnce(folder, lambda _: WAIT, **{"patience": PATIENCE, **more})
+    return ReplyOnce(Journal(folder), lambda _: WAIT, **{"patience": PATIENCE, **more})
 
 
 def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
@@ -74,7 +77,11 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.is_file()} - {"swept"}
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def claims(folder: Path) -> int:
+    return (folder / "journal.1").read_bytes().count(b" ? ")
 
 
 def test_every_copy_gets_the_same_bytes_from_one_run(folder: Path) -> None:
@@ -145,9 +152,10 @@ COPIES = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
+from reply_journal import Journal
 from reply_once import ReplyOnce
 from test_reply_once import message
-once = ReplyOnce(Path(sys.argv[1]), lambda _: b"wait", patience=8)
+once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait", patience=8)
 def run():
     with open(sys.argv[2], "a") as runs:
         runs.write("run\\n")
@@ -258,9 +266,10 @@ OWNER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
+from reply_journal import Journal
 from reply_once import ReplyOnce
 from test_reply_once import message
-once = ReplyOnce(Path(sys.argv[1]), lambda _: b"wait")
+once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait")
 def run():
     print("running", flush=True)
     time.sleep(60)
@@ -268,51 +277,57 @@ once.answer(message(), run)
 """
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_a_killed_owner_frees_the_message_and_the_next_copy_runs_it_again(
-    folder: Path, run: Run, copies: int
+def test_a_killed_owner_frees_the_message_and_the_copy_that_waits_runs_it_again(
+    folder: Path, run: Run
 ) -> None:
-    for _ in range(copies):
+    owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
+    assert owner.stdout.readline() == "running\n"
+    bot = Counted(b"again")
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(make(folder, patience=5.0).answer, message(), bot)
+        until(lambda: claims(folder) == 2)
+        os.kill(owner.pid, signal.SIGKILL)
+        assert waiting.result() == b"again"
+    assert bot.runs == 1
+
+
+def test_a_child_of_reply_that_outlives_the_killed_owner_holds_nothing(
+    folder: Path, run: Run
+) -> None:
+    forking = OWNER.replace("time.sleep(60)", "os.fork(); print(0, flush=True); time.sleep(60)")
+    owner = run("-c", "import os" + forking, str(folder), str(ROOT / "tests"))
+    assert [owner.stdout.readline() for _ in range(3)] == ["running\n", "0\n", "0\n"]
+    os.kill(owner.pid, signal.SIGKILL)
+    assert make(folder, patience=5.0).answer(message(), Counted(b"again")) == b"again"
+
+
+def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path, run: Run) -> None:
+    """Two copies met workers that died: the third runs reply(), and must be answered in time."""
+    for _ in range(2):
         owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
         assert owner.stdout.readline() == "running\n"
-        with ThreadPoolExecutor() as threads:
-            bot = Counted(b"again")
-            waiting = threads.submit(make(folder, patience=5.0).answer, message(), bot)
-            until(lambda: (folder / next(iter(files(folder)))).stat().st_size > 0)
-            os.kill(owner.pid, signal.SIGKILL)
-            if copies == 1:
-                assert waiting.result() == b"again"
-                assert bot.runs == 1
-                return
-        assert waiting.result() == b"again"
-        break
-
-
-def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path) -> None:
-    """Two copies met workers that died: the third runs reply(), and must be answered in time."""
-    folder.mkdir()
-    path = folder / reply_once._names(message())[1]
-    path.write_bytes(b".")
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
     once, bot = make(folder), Counted(b"late", seconds=2 * PATIENCE)
     began = time.monotonic()
     assert once.answer(message(), bot) == WAIT
     assert time.monotonic() - began < 2 * PATIENCE
-    until(lambda: b"=" in path.read_bytes())
+    until(lambda: files(folder / "late"))
     assert once.answer(message(2), Counted(b"other")) == b"late"
     assert bot.runs == 1
 
 
-def test_what_a_killed_owner_left_waiting_is_no_answer(folder: Path) -> None:
-    once = make(folder)
-    path = folder / reply_once._names(message())[1]
-    folder.mkdir()
-    path.write_bytes(b"..")
-    late = folder / "late" / reply_once._names(message())[0]
-    late.mkdir(parents=True)
-    os.link(path, late / path.name)
-    path.write_bytes(b"..!")
-    assert once.answer(message(2), Counted(b"other")) == b"other"
-    assert files(folder / "late") == set()
+def test_an_owner_that_was_killed_after_the_last_word_leaves_nothing_waiting(
+    folder: Path, run: Run
+) -> None:
+    owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
+    assert owner.stdout.readline() == "running\n"
+    once, other = make(folder), Counted(b"other")
+    assert once.answer(message(), other) is None
+    assert once.answer(message(), other) == WAIT
+    os.kill(owner.pid, signal.SIGKILL)
+    assert once.answer(message(2), other) == b"other"
+    assert other.runs == 1
 
 
 def test_a_text_in_parts_goes_on_with_each_next_message(folder: Path) -> None:
@@ -412,41 +427,110 @@ def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:
     assert typing == ["alice"]
 
 
-def test_old_files_are_swept_and_running_and_new_ones_are_not(folder: Path) -> None:
-    now = time.time()
-    once = make(folder, clock=lambda: now)
-    once.answer(message(1), Counted(b"old"))
-    until((folder / "swept").exists)
-    with ThreadPoolExecutor() as threads:
-        bot = Counted(b"running", seconds=1.0)
-        running = threads.submit(once.answer, message(2), bot)
-        until(lambda: bot.runs)
-        now += reply_once.KEEP + 1
-        later = make(folder, clock=lambda: now)
-        os.utime(folder / "swept", (0, 0))
-        later.answer(message(3), Counted(b"new"))
-        until(lambda: reply_once._names(message(1))[1] not in files(folder))
-        assert reply_once._names(message(2))[1] in files(folder)
-        assert running.result() == b"running"
+def turn(folder: Path, keep: float) -> None:
+    """Let messages come until the first file of the journal is gone."""
+    journal, numbers = Journal(folder, keep), itertools.count(1000)
+
+    def gone() -> bool:
+        journal.come(str(next(numbers)), "somebody")
+        return not (folder / "journal.1").exists()
+
+    until(gone)
+
+
+def test_old_files_are_swept_and_those_of_living_processes_are_not(folder: Path, run: Run) -> None:
+    for _ in range(2):
+        owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
+        assert owner.stdout.readline() == "running\n"
+        if not (dead := list(folder.glob("process.*")))[1:]:
+            owner.kill()
+            owner.wait()
+    turn(folder, keep=0.2)
+    until(lambda: not dead[0].exists())
+    assert list(folder.glob(f"process.{owner.pid}.*"))
+    assert len(files(folder)) < 8
 
 
 def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
-    now = time.time()
-    make(folder).answer(message(1), Counted(b"1", b"2", b"3"))
-    for age, kept in ((reply_once.KEEP + 1, True), (reply_once.KEEP_LATE + 60, False)):
-        make(folder, clock=lambda age=age: now + age)._sweep(now + age)
-        os.utime(folder / "swept", (0, 0))
-        assert bool(files(folder / "late")) == kept
+    once, other = make(folder), Counted(b"other")
+    for follower in ("alice", "bob"):
+        once.answer(message(1, follower), Counted(b"1", b"2", b"3"))
+    [alices] = folder.glob("late/*alice")
+    old = time.time() - reply_once.KEEP_LATE - 60
+    os.utime(alices, (old, old))
+    turn(folder, keep=0.2)
+    until(lambda: not alices.exists())
+    assert once.answer(message(2, "alice"), other) == b"other"
+    assert once.answer(message(2, "bob"), other) == b"2"
 
 
-def test_one_sweep_serves_all_processes(folder: Path) -> None:
-    once = make(folder)
-    once.answer(message(1), Counted(b"a"))
-    until(lambda: (folder / "swept").exists())
-    now = time.time() + reply_once.KEEP + 1
-    os.utime(folder / "swept", (now - 1, now - 1))
-    once._sweep(now)
-    assert files(folder) != set()
+RACE = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [sys.argv[3]]
+from reply_journal import Journal
+from reply_once import ReplyOnce
+from test_reply_once import message
+once = ReplyOnce(Journal(Path(sys.argv[1]), keep=1.0), lambda _: b"wait")
+print("ready", flush=True)
+began = float(sys.stdin.readline())
+runs = open(sys.argv[2], "a")
+for number in range(600):
+    time.sleep(max(began + number * 0.005 - time.time(), 0))
+    assert once.answer(message(number), lambda: print(number, file=runs) or [b"a"]) == b"a"
+"""
+
+
+def test_copies_that_race_while_files_are_turned_and_swept_are_one_run(
+    folder: Path, tmp_path: Path, run: Run
+) -> None:
+    arguments = ("-c", RACE, str(folder), str(tmp_path / "runs"), str(ROOT / "tests"))
+    processes = [run(*arguments) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    began = time.time() + 0.1
+    for process in processes:
+        process.stdin.write(f"{began}\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert outputs == [("", "")] * 4
+    assert sorted(map(int, (tmp_path / "runs").read_text().split())) == list(range(600))
+    assert len(files(folder)) < 10
+
+
+def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path) -> None:
+    sleeper, bot = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT), Counted(b"a")
+    sleeper.answer(message(1), bot)
+    turn(folder, keep=0.2)
+    assert [each.answer(message(2), bot) for each in (sleeper, make(folder))] == [b"a"] * 2
+    assert bot.runs == 2
+
+
+def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Path) -> None:
+    bot = Counted(b"a")
+    one = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    one.answer(message(1), bot)
+    shutil.rmtree(folder)
+    other = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    numbers = itertools.count(2)
+
+    def met() -> bool:
+        before, sent = bot.runs, message(next(numbers))
+        assert [each.answer(sent, bot) for each in (one, other)] == [b"a"] * 2
+        return bot.runs == before + 1
+
+    until(met)
+
+
+@pytest.mark.parametrize("torn", [b"\x0031 = gh_97417a0", b"\0" * 100, b"\0", b"\x0022"])
+def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
+    before, bot = make(folder), Counted(b"a")
+    assert before.answer(message(1), bot) == b"a"
+    with (folder / "journal.1").open("ab") as file:
+        file.write(torn)
+    for once in (before, make(folder)):
+        assert [once.answer(message(n), bot) for n in (1, 2, 3)] == [b"a"] * 3
+    assert bot.runs == 3
 
 
 def test_a_place_that_cannot_be_written_is_answered_without_the_guarantee(
@@ -481,7 +565,7 @@ def test_a_full_disk_is_answered_without_the_guarantee(
 
 def test_files_are_private_and_small(folder: Path) -> None:
     make(folder).answer(message(), Counted(b"x" * 500))
-    [path] = [folder / name for name in files(folder)]
-    assert path.stat().st_mode & 0o777 == 0o600
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_size < 750
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert path.stat().st_size < 600

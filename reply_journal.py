@@ -1,0 +1,386 @@
+"""What ``reply_once`` remembers, on one machine: a journal that all processes append to and read.
+
+A record is one write to a file opened with O_APPEND, which the kernel never mixes with another. So
+everybody reads the same records in the same order, and whose claim of a message is the first is its
+owner. That takes no lock, which a thread that waits for its turn in Python would keep from all
+other processes. A record is NUL, the length of the rest, and the rest; a torn one is skipped:
+
+    ? NAME OWNER       a copy of the message has come, and is its owner if it has none
+    > NAME OWNER DEAD  its owner was DEAD, and has died
+    ! NAME             the follower was told to wait: an answer from here on is late
+    = NAME PARTS       the answer, its parts divided by SOH
+    + FOLLOWER         a part of an answer waits for the follower, in a folder of its own
+    / NEXT OWNER       the end: a message that is not here yet has its place in file NEXT
+
+XML can hold neither NUL nor SOH. An owner is a run of ``reply()`` in a process, and each process
+holds the flock of a file of its own as long as it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+from reply_once import KEEP, KEEP_LATE, Found, Parts
+
+PAGE = 4096  # bytes that are read at first; there are seldom more
+
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class _Message:
+    """What the records say of one message."""
+
+    __slots__ = ("answer", "copies", "late", "owner")
+
+    def __init__(self, owner: bytes) -> None:
+        self.owner, self.copies, self.late = owner, 1, False
+        self.answer: bytes | None = None
+
+    def found(self, mine: bool = False, waiting: bool = False) -> Found:
+        parts = None if self.answer is None else self.answer.split(b"\1") if self.answer else []
+        return Found(self.copies, mine, self.late, parts, waiting)
+
+
+class _File:
+    """One file of the journal, and what this process has read of it."""
+
+    def __init__(self, path: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
+        self.number, self.opened = number, time.monotonic()
+        self.messages: dict[bytes, _Message] = {}
+        self.next, self.closer, self.closed = 0, b"", math.inf
+        self._waiting, self._end = waiting, 0
+        self._fd = _open(path, flags)
+        weakref.finalize(
+            self, os.close, self._fd
+        ).atexit = False  # when no thread is at it any more
+
+    def append(self, record: bytes) -> None:
+        record = b"\0%d %b" % (len(record), record)
+        if os.write(self._fd, record) < len(record):  # nobody will take what came of it for one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read(self) -> None:
+        """Read what was appended since the last time."""
+        size = PAGE
+        while len(data := os.pread(self._fd, size, self._end)) == size:
+            size *= 4
+        whole, records = True, data.split(b"\0")[1:]
+        for record in records:
+            whole = self._take(record)
+        self._end += len(data) if whole else len(data) - len(records[-1]) - 1
+
+    def _take(self, record: bytes) -> bool:
+        """Take in a record; tell whether it is whole."""
+        length, _, body = record.partition(b" ")
+        if length != b"%d" % len(body):
+            return False
+        kind, (name, _, rest) = body[:1], body[2:].partition(b" ")
+        message = self.messages.get(name)
+        if kind == b"?":
+            if message is not None:
+                message.copies += 1
+            elif not self.next:
+                self.messages[name] = _Message(rest)
+        elif kind == b"/":
+            if not self.next:
+                self.next, self.closer = int(name), rest
+        elif kind == b"+":
+            self._waiting.add(name)
+        elif message is None:  # its claim was torn
+            pass
+        elif kind == b"=":
+            if message.answer is None:
+                message.answer = rest
+        elif kind == b"!":
+            message.late = message.late or message.answer is None
+        elif kind == b">":
+            owner, _, dead = rest.partition(b" ")
+            if message.owner == dead:
+                message.owner = owner
+        return True
+
+
+class Journal:
+    """Remembers answers for all threads and processes of this machine; see ``reply_once.Answers``.
+
+    Args:
+        folder: for the files; on a local disk, better in memory.
+        keep: seconds that a message is known at least; shorter in tests.
+    """
+
+    def __init__(self, folder: Path, keep: float = KEEP) -> None:
+        self._folder, self._late, self._keep = str(folder), str(folder / "late"), keep
+        self._files: list[_File] = []  # all but the last are closed
+        self._waiting: set[bytes] = set()  # followers for whom there may be something
+        self._process, self._flock = b"", -1
+        self._runs = itertools.count()
+        self._lock = threading.Lock()
+        _journals.add(self)
+
+    def come(self, name: str, who: str) -> Found:
+        """Count a copy, and make the message its own if it is nobody's or its owner has died."""
+        key = name.encode()
+        with self._lock:
+            owner = self._owner()
+            file, message = self._claim(key, owner)
+            mine = message.owner == owner or self._inherit(file, message, key, owner)
+            if time.monotonic() - self._files[-1].opened > self._keep / 2:
+                with contextlib.suppress(OSError, RuntimeError):  # later, then
+                    self._turn(owner)
+            return message.found(mine, who.encode() in self._waiting)
+
+    def look(self, name: str) -> Found:
+        """Look again, and make the message the caller's if its owner has died."""
+        key = name.encode()
+        with self._lock:
+            if not (file := self._file_of(key)):
+                return Found(0, late=True)
+            file.read()
+            message = file.messages[key]
+            return message.found(self._inherit(file, message, key, self._owner()))
+
+    def tell_late(self, name: str) -> Found:
+        """Note that the follower was told to wait, if the answer is not there yet."""
+        key = name.encode()
+        with self._lock:
+            if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
+                return Found(0, late=True)
+            file.append(b"! %b" % key)
+            file.read()
+            return file.messages[key].found()
+
+    def keep(self, name: str, parts: Parts) -> None:
+        """Leave the answer for the copies."""
+        key = name.encode()
+        with self._lock:
+            if file := self._file_of(key):
+                try:
+                    file.append(b"= %b %b" % (key, b"\1".join(parts)))
+                except OSError:
+                    self._die()  # or the copies would wait for an answer that nobody will give
+                    raise
+
+    def put(self, who: str, order: str, part: bytes) -> None:
+        """Let a part wait for the follower, behind those of lesser ``order``."""
+        folder = f"{self._late}/{who}"
+        new, path = f"{folder}/.{order}", f"{folder}/{order}"
+        while True:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            try:
+                with open(_open(new, os.O_CREAT | os.O_TRUNC), "wb") as successor:
+                    successor.write(part)
+                os.rename(new, path)
+                break
+            except FileNotFoundError:  # somebody has just removed the empty folder
+                continue
+        with self._lock:
+            while True:
+                file = self._last()
+                file.append(b"+ %b" % who.encode())
+                file.read()
+                if not file.next:
+                    return
+                self._follow(file)
+
+    @contextlib.contextmanager
+    def waiting(self, who: str) -> Iterator[bytes | None]:
+        """Yield the first part that waits for the follower; it is gone when the block succeeds."""
+        folder = f"{self._late}/{who}"
+        self._waiting.discard(
+            who.encode()
+        )  # before the look: whoever puts a part there adds it then
+        names = sorted(name for name in _list(folder) if name[0] != ".")
+        if names:
+            self._waiting.add(who.encode())
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                path = f"{folder}/{name}"
+                try:
+                    fd = _open(path)
+                except FileNotFoundError:  # somebody else was quicker
+                    continue
+                stack.callback(_unlock, fd)
+                if _lock(fd) and (stat := os.fstat(fd)).st_nlink:
+                    yield os.pread(fd, stat.st_size, 0)
+                    os.unlink(path)
+                    if len(names) == 1:
+                        with contextlib.suppress(OSError):  # there is more by now
+                            os.rmdir(folder)
+                    return
+            yield None
+
+    def after_fork(self) -> None:
+        """Leave the parent's lock to the parent."""
+        self._lock = threading.Lock()
+        self._die()
+
+    def _die(self) -> None:
+        """Let what this process runs look as if it had died."""
+        if self._flock >= 0:
+            os.close(self._flock)
+        self._process, self._flock = b"", -1
+
+    def _owner(self) -> bytes:
+        """Return a new owner of this process, whose file it makes at first."""
+        if self._flock < 0:
+            name = f"process.{os.getpid()}.{time.time_ns()}"
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            self._flock = _open(f"{self._folder}/{name}", os.O_CREAT | os.O_EXCL)
+            fcntl.flock(self._flock, fcntl.LOCK_EX)
+            self._process = name.encode()
+        return b"%b/%d" % (self._process, next(self._runs))
+
+    def _lives(self, owner: bytes) -> bool:
+        process = owner.partition(b"/")[0]
+        if process == self._process:
+            return True
+        try:
+            fd = _open(f"{self._folder}/{process.decode()}")
+        except FileNotFoundError:
+            return False
+        try:
+            return not _lock(fd)
+        finally:
+            _unlock(fd)
+
+    def _claim(self, key: bytes, owner: bytes) -> tuple[_File, _Message]:
+        """Let a copy come, in the file that has the message or in the last one."""
+        file = self._file_of(key) or self._last()
+        while True:
+            file.append(b"? %b %b" % (key, owner))
+            file.read()
+            if message := file.messages.get(key):
+                return file, message
+            if not file.next:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            file = self._follow(file)
+
+    def _inherit(self, file: _File, message: _Message, key: bytes, owner: bytes) -> bool:
+        """Make ``owner`` the owner if that of the message has died."""
+        if message.answer is not None or self._lives(message.owner):
+            return False
+        file.append(b"> %b %b %b" % (key, owner, message.owner))
+        file.read()
+        return message.owner == owner
+
+    def _file_of(self, key: bytes) -> _File | None:
+        for file in self._files:
+            if key in file.messages:
+                return file
+        return None
+
+    def _last(self) -> _File:
+        return (self._files or self._open_all())[-1]
+
+    def _open_all(self) -> list[_File]:
+        """Open the files that are there, or the first one, and read them."""
+        self._files = []
+        self._waiting.update(name.encode() for name in _list(self._late))
+        numbers = sorted(self._numbers()) or [1]
+        for number in numbers:
+            self._files.append(file := self._open(number, os.O_CREAT))
+            file.read()
+            if number != numbers[-1]:
+                file.closed = file.opened
+            elif file.next:
+                numbers.append(file.next)
+        return self._files
+
+    def _open(self, number: int, flags: int = 0) -> _File:
+        return _File(f"{self._folder}/journal.{number}", number, self._waiting, flags)
+
+    def _follow(self, file: _File) -> _File:
+        """Return the last file, after ``file`` was closed."""
+        try:
+            following = self._open(file.next)
+        except FileNotFoundError:  # this process has slept, and it is gone by now
+            return self._open_all()[-1]
+        file.closed = following.opened
+        following.read()
+        self._files = [each for each in self._files if following.opened - each.closed < self._keep]
+        self._files.append(following)
+        return following
+
+    def _turn(self, owner: bytes) -> None:
+        """Close the last file, unless somebody else does; who is first removes old files too."""
+        file = self._files[-1]
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)  # whoever removed it
+        number = max(self._numbers(), default=0)
+        if number <= file.number:  # else the folder was emptied, and somebody began anew
+            number = file.number + 1
+            self._open(number, os.O_CREAT)
+        file.append(b"/ %d %b" % (number, owner))
+        file.read()
+        self._follow(file)
+        if file.closer == owner:
+            threading.Thread(target=self._sweep, args=(number,), daemon=True).start()
+
+    def _sweep(self, last: int) -> None:
+        """Remove what is old: files before the last one, of dead processes, and what waits."""
+        before = time.time() - self._keep
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._folder):
+                kind, _, number = entry.name.partition(".")
+                if entry.is_dir() or entry.stat().st_mtime >= before:
+                    continue
+                if kind == "process":
+                    fd = _open(entry.path)
+                    if _lock(fd):
+                        os.unlink(entry.path)
+                    _unlock(fd)
+                elif int(number) < last:
+                    os.unlink(entry.path)
+            before = time.time() - KEEP_LATE
+            for folder in os.scandir(self._late):
+                if folder.stat().st_mtime < before:  # of its newest name
+                    for entry in os.scandir(folder):
+                        os.unlink(entry)
+                    os.rmdir(folder)
+
+    def _numbers(self) -> list[int]:
+        return [int(name[8:]) for name in _list(self._folder) if name[:8] == "journal."]
+
+
+def _list(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _open(path: str, flags: int = 0) -> int:
+    return os.open(path, flags | _FLAGS, 0o600)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
+    os.close(fd)
+
+
+_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for journal in _journals:
+        journal.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
