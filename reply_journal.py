@@ -60,9 +60,7 @@ class _File:
         self.next, self.closer, self.closed = 0, b"", math.inf
         self._waiting, self._end = waiting, 0
         self._fd = _open(path, flags)
-        weakref.finalize(
-            self, os.close, self._fd
-        ).atexit = False  # when no thread is at it any more
+        weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
 
     def append(self, record: bytes) -> None:
         record = b"\0%d %b" % (len(record), record)
