@@ -198,7 +198,7 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
-    kind, texts = fields.get("MsgType"), [""]
+    kind, texts = fields.get("MsgType"), []
     if not kind or not isinstance(kind, str):
         raise ValueError("the reply has no MsgType")
     if kind == "text":
@@ -208,7 +208,6 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
         if not content:
             return []
         texts = _split(content, more)
-        fields = {**fields, "Content": texts[0]}
     elif kind == "news":
         _check_articles(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1)
     whole = {
@@ -217,7 +216,7 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
         "CreateTime": int(now),
     }
     whole = {**whole, **fields, **whole}  # these three first, and never the reply's own
-    return [whole, *({**whole, "Content": part} for part in texts[1:])]
+    return [{**whole, "Content": part} for part in texts] or [whole]
 
 
 def _split(content: str, more: str) -> list[str]:
