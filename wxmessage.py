@@ -139,7 +139,8 @@ def _elements(fields: Message) -> str:
         if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
         if isinstance(value, str):
-            content = _clean(value)  # first: without what is dropped, a new "]]>" may stand there
+            # First of all: without what is dropped, a new "]]>" may stand there.
+            content = value if value.isprintable() else _NOT_XML.sub("", value)
             if "]]>" in content:
                 content = content.replace("]]>", "]]]]><![CDATA[>")
             parts.append(f"<{name}><![CDATA[{content}]]></{name}>")
@@ -152,10 +153,6 @@ def _elements(fields: Message) -> str:
         else:
             raise TypeError(f"{name} is a {type(value).__name__}, not a str, int, dict or list")
     return "".join(parts)
-
-
-def _clean(text: str) -> str:
-    return text if text.isprintable() else _NOT_XML.sub("", text)
 
 
 def check(message: Message) -> None:
@@ -204,7 +201,9 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
     if kind == "text":
         if not isinstance(fields.get("Content"), str):
             raise ValueError("the text reply has no Content")
-        content = _clean(fields["Content"])
+        content = fields["Content"]
+        if not content.isprintable():
+            content = _NOT_XML.sub("", content)
         if not content:
             return []
         texts = _split(content, more)
