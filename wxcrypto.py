@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wxconfig import Config
 
 BLOCK = 32  # bytes; the platform pads to twice the block of AES
+_PADDING = [bytes([size]) * size for size in range(BLOCK + 1)]
 
 
 class DecryptError(ValueError):
@@ -73,10 +74,10 @@ class MessageCipher:
     def encrypt(self, message: bytes, random: bytes = b"") -> str:
         """Return the Encrypt of ``message``; ``random`` is 16 bytes, new ones by default."""
         content = (random or bytes(16)) + len(message).to_bytes(4, "big") + message + self._appid
-        pad = BLOCK - len(content) % BLOCK
+        padding = _PADDING[BLOCK - len(content) % BLOCK]
         with self._lock:
             encryptor = self._cipher.encryptor() if random else self._encryptor
-            data = encryptor.update(content + bytes([pad]) * pad)
+            data = encryptor.update(content + padding)
         return base64.b64encode(data).decode()
 
     def decrypt(self, encrypt: str) -> bytes:
@@ -94,7 +95,7 @@ class MessageCipher:
         with self._lock:
             data = self._decryptor.update(self._iv + data)[16:]
         pad = data[-1]
-        if not 1 <= pad <= BLOCK or not data.endswith(bytes([pad]) * pad):
+        if not 1 <= pad <= BLOCK or not data.endswith(_PADDING[pad]):
             raise DecryptError("wrong padding; is encoding_aes_key the one in WeChat's console?")
         content = data[16:-pad]  # the first 16 bytes are random
         end = 4 + int.from_bytes(content[:4], "big")
