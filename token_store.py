@@ -132,7 +132,7 @@ class TokenStore:
             TokenError: there is none, and none can be had now.
         """
         state = self._read()
-        return state.access_token if self._is_fresh(state, self._left(state)) else self._renew()
+        return (state if self._is_fresh(state, self._left(state)) else self._renew()).access_token
 
     def refresh(self, stale: str) -> str:
         """Return another token than ``stale``, of which WeChat said 40001, 40014 or 42001.
@@ -143,24 +143,33 @@ class TokenStore:
             TokenError: none can be had now, or WeChat refused another one within
                 ``REFUSED_APART``; ``get`` still gives the old one as long as it should live.
         """
-        return self._renew(stale)
+        return self._renew(stale).access_token
 
-    def _renew(self, stale: str = "") -> str:
+    def lease(self, stale: str = "") -> tuple[str, float]:
+        """Return a token as ``get`` does, or as ``refresh(stale)``, and the seconds it still lives.
+
+        Raises:
+            TokenError: as theirs.
+        """
+        state = self._renew(stale)
+        return state.access_token, self._left(state)
+
+    def _renew(self, stale: str = "") -> _State:
         give_up = time.monotonic() + PATIENCE
         while True:
             state = self._read()
             left = self._left(state) if state.access_token != stale else 0.0
             if self._is_fresh(state, left):
-                return state.access_token
+                return state
             wait = self._wait(state)
             if not wait and (fetched := self._try_fetch(state, stale)):
                 if not fetched.failure:
-                    return fetched.access_token
+                    return fetched
                 if left > 0:
                     log.warning("going on with the old access_token: %s", fetched.failure)
                 state, wait = fetched, fetched.wait
             if left > 0:
-                return state.access_token
+                return state
             if wait:
                 raise TokenError(
                     f"{state.failure} (next try in {math.ceil(wait)} s)", state.errcode
@@ -215,7 +224,7 @@ class TokenStore:
             token, expires_in = self._ask()
             refused_at = now if refused else refused_at
             if token == stale:  # stable_token gives the same one again, unless it is forced
-                token, expires_in = self._ask(force_refresh=True)
+                token, expires_in = self._ask(stale)
         except ApiError as error:
             return self._failed(replace(state, refused_at=refused_at), error)
         log.info("fetched an access_token, good for %d s", expires_in)
@@ -231,14 +240,17 @@ class TokenStore:
             retry_at=self._clock() + wait,
         )
 
-    def _ask(self, **force: bool) -> tuple[str, int]:
-        """Ask WeChat for a token; return it and the seconds it lives."""
+    def _ask(self, stale: str = "") -> tuple[str, int]:
+        """Ask WeChat for a token, other than ``stale``; return it and the seconds it lives."""
         url = f"{self._api_base}/cgi-bin/{self._endpoint}"
         fields = {
             "grant_type": "client_credential",
             "appid": self._nothing.appid,
             "secret": self._appsecret,
         }
+        if stale and ".weixin.qq.com" not in self._api_base:  # token_service.py takes it
+            fields["stale_token"] = stale
+        force = {"force_refresh": True} if stale else {}
         if self._endpoint == "token":
             answer = fetch_json(f"{url}?{urlencode(fields)}", None, self._appsecret)
         else:
@@ -319,18 +331,22 @@ class TokenStore:
         return self._nothing
 
 
-def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[str, Any]:
+def fetch_json(
+    url: str, payload: dict[str, Any] | None, secret: str, timeout: float = 0
+) -> dict[str, Any]:
     """GET ``url``, or POST ``payload`` to it as JSON; return the JSON object that comes back.
 
     Args:
         url: never shown in an error, since it may hold a secret.
         payload: None for GET.
         secret: what must not stand in an error, whoever wrote it there.
+        timeout: seconds for all of it, by default ``TIMEOUT``.
 
     Raises:
-        ApiError: an errcode; or nothing, an HTTP error or no JSON object in ``TIMEOUT`` seconds.
+        ApiError: an errcode; or nothing, an HTTP error or no JSON object in ``timeout`` seconds.
         TypeError, ValueError: ``payload`` cannot be JSON in UTF-8.
     """
+    timeout = timeout or TIMEOUT
     # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \u escapes.
     data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
     host = url.partition("://")[2].partition("/")[0]
@@ -338,9 +354,9 @@ def fetch_json(url: str, payload: dict[str, Any] | None, secret: str) -> dict[st
     # A thread, for neither DNS nor a dripping server heeds a socket's timeout.
     threading.Thread(target=_exchange, args=(url, data, results), daemon=True).start()
     try:
-        result = results.get(timeout=TIMEOUT)
+        result = results.get(timeout=timeout)
     except queue.Empty:
-        result = TimeoutError(f"timed out after {TIMEOUT:.0f} s")
+        result = TimeoutError(f"timed out after {timeout:.0f} s")
     if isinstance(result, Exception):
         why = getattr(result, "reason", None) or result
         if isinstance(result, urllib.error.HTTPError):

@@ -258,6 +258,32 @@ def test_a_stable_token_that_is_given_again_is_forced(
     assert store.refresh(second) not in (first, second)
 
 
+def test_stale_token_is_never_sent_to_wechat_itself(
+    make: Maker, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make().get()
+    second = make().refresh(first)
+    assert [asked.get("stale_token") for asked in fake_api.fetches] == [None, None, first]
+    fetch, real = token_store.fetch_json, "https://api.weixin.qq.com"
+    monkeypatch.setattr(
+        token_store, "fetch_json", lambda url, *rest: fetch(url.replace(real, fake_api.base), *rest)
+    )
+    fake_api.fetches.clear()
+    make(api_base=real, clock=lambda: make.clock.now + 31).refresh(second)
+    assert [asked.get("stale_token") for asked in fake_api.fetches] == [None, None]
+
+
+def test_a_lease_says_how_long_the_token_lives(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    first, left = make().lease()
+    assert (first, left) == (fake_api.token, 7200)
+    clock.sleep(100)
+    assert make().lease() == (first, 7100)
+    assert make().lease(first) == (fake_api.token, 7200)
+    assert fake_api.token != first
+
+
 @pytest.mark.parametrize("endpoint", ["stable_token", "token"])
 def test_tokens_that_are_refused_one_after_another_are_not_burned(
     make: Maker, fake_api: FakeApi, clock: Clock, endpoint: str
