@@ -29,7 +29,8 @@ from token_store import ApiError
 from wxconfig import Config, ConfigError
 from wxsim_wire import Account, NoAnswer
 
-_SECRETS = ("token", "appsecret", "encoding_aes_key")  # keys of config.ini
+_SECRETS = {("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")}
+_SECRETS |= {("shared", "redis")}  # and every key of [central]
 _NO_URL = 40201  # errcode of callback/check
 _CONSOLE = "设置与开发 → 基本配置 → 服务器配置"
 
@@ -107,7 +108,8 @@ def _permissions(config: Config, path: Path) -> str:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.read_string(path.read_text(encoding="utf-8-sig"))
     info, me = path.stat(), os.geteuid()
-    if any(parser.get("wechat", key, fallback="").strip() for key in _SECRETS):
+    clients = {("central", name) for name in parser["central"]} if "central" in parser else set()
+    if any(parser.get(*key, fallback="").strip() for key in _SECRETS | clients):
         if info.st_mode & 0o077:
             own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
             raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# Where token_service.py answers when [central] names a client; WeChat's own names.
+CENTRAL_PATHS = ("/cgi-bin/stable_token", "/cgi-bin/token")
 log = logging.getLogger("wxserver")
 
 
@@ -40,13 +42,16 @@ class Config:
     once: bool = True
     late: str = "pickup"
     late_text: str = "还在处理，请稍后发送任意消息查看结果。"
+    central: Mapping[str, str] = field(default_factory=dict, repr=False)  # secrets by client
+    redis: str = field(default="", repr=False)  # a URL, which may hold a password
 
     def __post_init__(self) -> None:
         """Choose the default of ``encryption``, and see that it has what it needs.
 
         Raises:
-            ConfigError: a key without an AppID, ``encryption`` without a key, or ``late`` = push
-                without what its API needs.
+            ConfigError: a key or ``redis`` without an AppID, ``encryption`` without a key, ``late``
+                = push or ``central`` without what WeChat's API needs, or a client of ``central``
+                that cannot be told from another one, from the account or from the callback.
         """
         encryption = self.encryption or ("safe" if self.encoding_aes_key else "plain")
         object.__setattr__(self, "encryption", encryption)
@@ -58,6 +63,21 @@ class Config:
             )
         if self.late == "push" and not (self.appid and self.appsecret):
             raise ConfigError("[reply] late: push needs [wechat] appid and appsecret")
+        if self.redis and not self.appid:
+            raise ConfigError("[shared] redis: needs [wechat] appid, or WX_APPID")
+        if self.central:
+            self._check_central()
+
+    def _check_central(self) -> None:
+        if not (self.appid and self.appsecret):
+            raise ConfigError("[central] needs [wechat] appid and appsecret")
+        owners = {self.appsecret: "the AppSecret"}
+        for name, secret in self.central.items():
+            if secret in owners:
+                raise ConfigError(f"[central] {name}: must be another secret than {owners[secret]}")
+            owners[secret] = f"{name}'s"
+        if self.path in CENTRAL_PATHS:
+            raise ConfigError(f"[server] path: must be another than [central]'s {self.path}")
 
 
 def _text(pattern: str, allowed: str) -> Callable[[str], str]:
@@ -118,12 +138,21 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
         "late": _text("pickup|push|drop", "pickup, push or drop"),
         "late_text": _text(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters"),
     },
+    # Every key is the name of a client. Its secret is an AppSecret to the client, and goes into
+    # URLs, which not every SDK escapes.
+    "central": {"NAME": _text("[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits")},
+    "shared": {
+        "redis": _text("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty"),
+    },
 }
+_SECRET = ("wechat", "central", "shared")  # sections whose values stand in no error
+_CLIENT = r"[\w.-]{1,64}"  # the name that stands in the log
 _ENVIRONMENT = {
-    "WX_TOKEN": "token",
-    "WX_APPID": "appid",
-    "WX_APPSECRET": "appsecret",
-    "WX_ENCODING_AES_KEY": "encoding_aes_key",
+    "WX_TOKEN": ("wechat", "token"),
+    "WX_APPID": ("wechat", "appid"),
+    "WX_APPSECRET": ("wechat", "appsecret"),
+    "WX_ENCODING_AES_KEY": ("wechat", "encoding_aes_key"),
+    "WX_REDIS": ("shared", "redis"),
 }
 
 
@@ -133,8 +162,8 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
     Args:
         path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
             this module. Relative paths in it are relative to it.
-        environ: where WX_TOKEN, WX_APPID, WX_APPSECRET and WX_ENCODING_AES_KEY win over the file
-            when they are set.
+        environ: where WX_TOKEN, WX_APPID, WX_APPSECRET, WX_ENCODING_AES_KEY and WX_REDIS win over
+            the file when they are set.
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
@@ -146,12 +175,18 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
             raise ConfigError(f"{path}: unknown section [{section}]; there are {_list(_KEYS)}")
         for key, value in entries.items():
             where = f"{path}: [{section}] {key}"
+            if section == "central":
+                if not re.fullmatch(_CLIENT, key, re.ASCII):
+                    raise ConfigError(f"{where}: a client's name has letters, digits, _ . or -")
+                secret = _convert(section, "NAME", value, where)
+                values["central"] = values.get("central", {}) | {key: secret}
+                continue
             if key not in _KEYS[section]:
                 raise ConfigError(f"{where}: unknown key; there are {_list(_KEYS[section])}")
             values[key] = _convert(section, key, value, where)
-    for name, key in _ENVIRONMENT.items():
+    for name, (section, key) in _ENVIRONMENT.items():
         if value := environ.get(name, "").strip():
-            values[key] = _convert("wechat", key, value, f"environment: {name}")
+            values[key] = _convert(section, key, value, f"environment: {name}")
     values["state_dir"] = path.parent / values.get("state_dir", "state")
     values["api_base"] = values.get("api_base", Config.api_base).rstrip("/")
     try:
@@ -187,7 +222,7 @@ def _convert(section: str, key: str, value: str, where: str) -> Any:
     try:
         return _KEYS[section][key](value)
     except ValueError as error:
-        shown = "" if section == "wechat" else f"{value!r}: "  # no secret in an error
+        shown = "" if section in _SECRET else f"{value!r}: "
         raise ConfigError(f"{where}: {shown}must be {error}") from None
 
 

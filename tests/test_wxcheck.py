@@ -163,10 +163,19 @@ def test_encryption_without_cryptography_says_what_to_install(check: Check, fold
     assert "pip install '.[safe]'" in found["config"]
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o640, 0o620])
-def test_a_config_with_a_secret_is_its_owners_alone(check: Check, folder: Path, mode: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "secret"),
+    [
+        (0o644, f"[wechat]\nappsecret = {APPSECRET}\n"),
+        (0o640, "[central]\nshop = shop0123456789abcdef\n"),
+        (0o620, "[shared]\nredis = redis://:p4ss@127.0.0.1\n"),
+    ],
+)
+def test_a_config_with_a_secret_is_its_owners_alone(
+    check: Check, folder: Path, mode: int, secret: str
+) -> None:
     path = folder / "config.ini"
-    path.write_text(path.read_text() + f"[wechat]\nappsecret = {APPSECRET}\n")
+    path.write_text(path.read_text() + secret)
     path.chmod(mode)
     found = check()
     assert "permissions" in found.failed

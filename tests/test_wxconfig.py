@@ -13,6 +13,8 @@ from conftest import ROOT, Run
 import wxconfig
 from wxconfig import Config, ConfigError, callback_token, load
 
+ACCOUNT = "[wechat]\nappid = wx1\nappsecret = 0123456789abcdef\n"
+
 
 def ini(folder: Path, text: str | bytes) -> Path:
     path = folder / "config.ini"
@@ -56,6 +58,11 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         endpoint = token
         margin = 600
         api_base = https://token.example.com:8443/proxy/
+        [central]
+        shop = shop0123456789abcdef
+        Re_ports.2-b = reports0123456789abc
+        [shared]
+        redis = rediss://:p4ss@redis.example.com:6380/0
         """.replace("        ", ""),
     )
     assert load(path, {}) == Config(
@@ -74,6 +81,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         endpoint="token",
         margin=600,
         api_base="https://token.example.com:8443/proxy",
+        central={"shop": "shop0123456789abcdef", "re_ports.2-b": "reports0123456789abc"},
+        redis="rediss://:p4ss@redis.example.com:6380/0",
     )
 
 
@@ -130,6 +139,29 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         ("[access_token]\nmargin = 8000\n", "margin: '8000': must be a whole number from 0 to"),
         ("[access_token]\napi_base = http://a.example\n", "api_base: 'http://a.example': must be"),
         ("[access_token]\napi_base = http://localhost.example\n", "must be https://HOST"),
+        (f"{ACCOUNT}[central]\na = {'b' * 15}\n", "[central] a: must be a secret of 16 to 128"),
+        (f"{ACCOUNT}[central]\na = {'b' * 129}\n", "[central] a: must be a secret of 16"),
+        (f"{ACCOUNT}[central]\na = {'b' * 16}&\n", "[central] a: must be a secret of 16"),
+        (f"{ACCOUNT}[central]\na =\n", "[central] a: must be a secret of 16"),
+        (f"{ACCOUNT}[central]\na b = {'c' * 16}\n", "[central] a b: a client's name has letters,"),
+        (f"{ACCOUNT}[central]\n店 = {'c' * 16}\n", "[central] 店: a client's name has letters"),
+        (f"{ACCOUNT}[central]\na = {'b' * 16}\nA = {'c' * 16}\n", "[central] a is there twice"),
+        (f"[central]\na = {'b' * 16}\n", "[central] needs [wechat] appid and appsecret"),
+        (
+            f"{ACCOUNT}[central]\na = {'b' * 16}\nc = {'b' * 16}\n",
+            "[central] c: must be another secret than a's",
+        ),
+        (
+            f"{ACCOUNT}[central]\na = 0123456789abcdef\n",
+            "[central] a: must be another secret than the AppSecret",
+        ),
+        (
+            f"{ACCOUNT}[server]\npath = /cgi-bin/token\n[central]\na = {'b' * 16}\n",
+            "[server] path: must be another than [central]'s /cgi-bin/token",
+        ),
+        ("[shared]\nredis = redis://a\n", "[shared] redis: needs [wechat] appid, or WX_APPID"),
+        (f"{ACCOUNT}[shared]\nredis = a:6379\n", "[shared] redis: must be redis://…, rediss://…"),
+        (f"{ACCOUNT}[shared]\nsecond = a\n", "[shared] second: unknown key; there are redis"),
         ("[wechat]\ntoken = abc\ntoken = abd\n", "[wechat] token is there twice"),
         ("[wechat]\n[wechat]\n", "[wechat] is there twice"),
         ("token = abc\n", "line 1 stands before any [section]"),
@@ -147,7 +179,16 @@ def test_a_wrong_file_is_an_error_that_says_where_and_what_is_allowed(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["appsecret = s3cr!t", "s3cr!t", "[wechat\ns3cr!t"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "appsecret = s3cr!t",
+        "s3cr!t",
+        "[wechat\ns3cr!t",
+        "[central]\nshop = s3cr!t",
+        "[shared]\nredis = redis:/s3cr!t",
+    ],
+)
 def test_no_error_shows_a_secret(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(ini(tmp_path, f"[wechat]\n{line}\n"), {})
@@ -155,6 +196,20 @@ def test_no_error_shows_a_secret(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match="environment: WX_APPSECRET") as caught:
         load(ini(tmp_path, ""), {"WX_APPSECRET": "s3cr!t"})
     assert "s3cr!t" not in str(caught.value)
+
+
+def test_the_environments_redis_wins_and_no_error_shows_it(tmp_path: Path) -> None:
+    path = ini(tmp_path, "[wechat]\nappid = wx1\n[shared]\nredis = redis://file\n")
+    assert load(path, {}).redis == "redis://file"
+    assert load(path, {"WX_REDIS": "unix:///run/redis.sock?db=0"}).redis.startswith("unix://")
+    with pytest.raises(ConfigError, match="environment: WX_REDIS: must be redis://") as caught:
+        load(path, {"WX_REDIS": "http://:s3cr!t@a"})
+    assert "s3cr!t" not in str(caught.value)
+
+
+def test_a_path_of_central_is_free_while_nobody_is_named(tmp_path: Path) -> None:
+    path = ini(tmp_path, "[server]\npath = /cgi-bin/token\n[central]\n")
+    assert load(path, {}).path == "/cgi-bin/token"
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
@@ -174,11 +229,21 @@ def test_a_key_means_safe_unless_the_file_says_otherwise(tmp_path: Path) -> None
 
 def test_a_config_does_not_print_its_secrets() -> None:
     key = "k" * 43
-    shown = repr(Config(token="tttttt", appid="wxshown", appsecret="ssssss", encoding_aes_key=key))
+    config = Config(
+        token="tttttt",
+        appid="wxshown",
+        appsecret="ssssss",
+        encoding_aes_key=key,
+        central={"shop": "c" * 16},
+        redis="redis://:rrrrrr@a",
+    )
+    shown = repr(config)
     assert "wxshown" in shown
     assert "tttttt" not in shown
     assert "ssssss" not in shown
     assert key not in shown
+    assert "cccccc" not in shown
+    assert "rrrrrr" not in shown
 
 
 def test_the_readme_and_config_ini_explain_every_key() -> None:
@@ -188,7 +253,7 @@ def test_the_readme_and_config_ini_explain_every_key() -> None:
         assert f"[{section}]" in shipped
         for key in keys:
             assert f"| `{key}` |" in readme
-            assert f"\n{key} =" in shipped
+            assert f"\n{key} =" in shipped or f": {key} = SECRET" in shipped.replace("\n;", ":")
 
 
 def test_a_configured_token_is_used_and_nothing_is_written(tmp_path: Path) -> None:
