@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import socket
 import ssl
+import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, Run, sealed, signed
+from conftest import ROOT, Run, sealed, signed, skip
+
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin")
 
 
 def free_port() -> int:
@@ -92,3 +99,60 @@ def gunicorn(run: Run, folder: Path, module: str = "wxserver", **env: str) -> Se
     env = {"HOME": str(folder), **env}  # so that a test sees what is left there
     arguments = ("-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-b", "127.0.0.1:{port}")
     return Server(run, folder, *arguments, module, **env)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The shipped nginx site, running: its ports, and the certificate that a client must trust."""
+
+    http: int
+    https: int
+    certificate: Path
+
+    @property
+    def base(self) -> str:
+        return f"https://127.0.0.1:{self.https}"
+
+
+@contextlib.contextmanager
+def nginx_site(
+    server: Server, folder: Path, changes: dict[str, str] | None = None
+) -> Iterator[Site]:
+    """Serve ``server`` through deploy/nginx.conf, with ``changes`` of its text."""
+    if not NGINX or not shutil.which("openssl"):
+        skip("needs nginx and openssl")
+    http, https = free_port(), free_port()
+    key, certificate = folder / "privkey.pem", folder / "fullchain.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=a.example"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    make += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    site = (ROOT / "deploy" / "nginx.conf").read_text()
+    for old, new in {
+        "/etc/letsencrypt/live/wx.example.com": str(folder),
+        "/var/log/nginx": str(folder),
+        "listen [::]:80;": "",
+        "listen [::]:443 ssl;": "",
+        "listen 80;": f"listen 127.0.0.1:{http};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{https} ssl;",
+        **(changes or {}),
+        "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+    }.items():
+        assert old in site
+        site = site.replace(old, new)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
+    (folder / "nginx.conf").write_text(
+        f"pid {folder}/pid; error_log {folder}/error.log; daemon off; events {{}}"
+        f" http {{ access_log off; {folders} {site} }}"
+    )
+    arguments = [NGINX, "-e", f"{folder}/error.log", "-c", str(folder / "nginx.conf")]
+    subprocess.run([*arguments, "-t"], check=True, capture_output=True)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as nginx:
+        try:
+            pid = folder / "pid"  # which -t has left there, empty
+            until(lambda: nginx.poll() is not None or pid.read_text())
+            assert nginx.poll() is None, nginx.stderr and nginx.stderr.read()
+            yield Site(http, https, certificate)
+        finally:
+            nginx.terminate()
