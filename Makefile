@@ -17,8 +17,14 @@ install: .venv/installed
 run: install
 	$(bin)/gunicorn wxserver
 
-test: install
+test: install tests/node/node_modules
 	$(bin)/pytest
+
+# The tests' client of another language. Without it they say what they skip.
+tests/node/node_modules: tests/node/package.json
+	@if command -v npm >/dev/null; then \
+		npm install --prefix tests/node --silent --no-audit --no-fund --no-package-lock && \
+		touch $@ || echo "npm cannot install co-wechat-api; its test is skipped" >&2; fi
 
 lint: install
 	$(bin)/ruff check

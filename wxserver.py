@@ -129,6 +129,26 @@ def create_application(
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
+    return _with_central(application, config) if config.central else application
+
+
+def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
+    """Let the requests for the access_token go to token_service.py."""
+    import token_service
+
+    service = token_service.from_config(config)
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") not in wxconfig.CENTRAL_PATHS:
+            return callback(environ, start_response)
+        try:
+            status, headers, body = service.answer(environ, lambda: _body(environ, config.max_body))
+        except Refused as error:
+            status, headers, body = error.status, _TEXT, f"{error.status}\n".encode()
+            log.warning("%s: %s", status, error)
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
     return application
 
 
