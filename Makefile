@@ -11,7 +11,7 @@ install: .venv/installed
 		{ echo "Python 3.10 or newer is needed; this is $$($(PYTHON) --version)" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo "No venv; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	$(bin)/pip install --quiet --disable-pip-version-check --editable '.[safe,dev]'
+	$(bin)/pip install --quiet --disable-pip-version-check --editable '.[safe,redis,dev]'
 	@touch $@
 
 run: install

@@ -50,5 +50,9 @@ def on_starting(_server: Any) -> None:
         config = wxconfig.load()
         wxcrypto.from_config(config)
         wxconfig.callback_token(config)
+        if config.redis:
+            import redis_store
+
+            redis_store.check(config)
     except wxconfig.ConfigError as error:
         sys.exit(f"wxserver: {error}")

@@ -116,6 +116,8 @@ class Journal:
         keep: seconds that a message is known at least; shorter in tests.
     """
 
+    poll = 0.03
+
     def __init__(self, folder: Path, keep: float = KEEP) -> None:
         self._folder, self._late, self._keep = str(folder), str(folder / "late"), keep
         self._files: list[_File] = []  # all but the last are closed

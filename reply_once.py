@@ -26,7 +26,6 @@ Parts: TypeAlias = list[bytes]  # of an answer, each of them XML: none is silenc
 PATIENCE = 5.0  # seconds until WeChat hangs up on a copy
 COPIES = 3  # of a message, all in all
 LAST_WORD = 0.9  # of that time, until the last copy is told to wait: this has to reach WeChat yet
-POLL = 0.03  # seconds between two looks for the answer
 KEEP = 20.0  # seconds that a message is known at least: WeChat's copies take 15
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account answer a message
 APART = 10.0  # seconds between two errors in the log
@@ -55,6 +54,8 @@ class Answers(Protocol):
 
     All copies of a message have the same ``name``, all messages of a follower the same ``who``.
     """
+
+    poll: float  # seconds between two looks for an answer
 
     def come(self, name: str, who: str) -> Found:
         """Count a copy. The message is its own when it is nobody's, or its owner has died."""
@@ -158,7 +159,7 @@ class ReplyOnce:
                 typing = True
                 openid = asked.message["FromUserName"]
                 _start(Thread(target=self._typing, args=(openid,)))
-            time.sleep(POLL)
+            time.sleep(self._answers.poll)
             try:
                 found = self._answers.look(asked.name)
             except OSError as error:

@@ -284,7 +284,7 @@ class TokenStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(successor)  # the leftover of a process that was killed
         with open(os.open(successor, _WRITE | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(json.dumps(asdict(state)).encode().ljust(ROOM))
+            file.write(_bytes(state).ljust(ROOM))
             file.flush()
             os.fsync(file.fileno())
         os.replace(successor, self._path)
@@ -298,7 +298,7 @@ class TokenStore:
             self._cache = (key, state)
         return state
 
-    def _key(self) -> tuple[int, int] | None:
+    def _key(self) -> object:
         try:
             stat = os.stat(self._path)
         except OSError:
@@ -308,7 +308,15 @@ class TokenStore:
     def _load(self) -> _State:
         try:
             with open(self._path, "rb") as file:
-                state = _State(**json.loads(file.read(ROOM)))
+                return self._parse(file.read(ROOM))
+        except FileNotFoundError:
+            return self._nothing
+        except OSError as error:  # it may hold a good token all the same
+            raise TokenError(f"cannot read {self._path}: {error.strerror}") from None
+
+    def _parse(self, data: bytes) -> _State:
+        with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
+            state = _State(**json.loads(data))
             token, life = state.access_token, state.expires_in
             numbers = (state.fetched_at, state.uptime, state.refused_at, state.wait, state.retry_at)
             if (
@@ -321,14 +329,12 @@ class TokenStore:
                 and isinstance(state.failure, str)
             ):
                 return state
-        except FileNotFoundError:
-            return self._nothing
-        except OSError as error:  # it may hold a good token all the same
-            raise TokenError(f"cannot read {self._path}: {error.strerror}") from None
-        except (ValueError, TypeError, ArithmeticError, RecursionError):
-            pass
         log.warning("%s holds no token of this account; taken as empty", self._path)
         return self._nothing
+
+
+def _bytes(state: _State) -> bytes:
+    return json.dumps(asdict(state)).encode()
 
 
 def fetch_json(
@@ -436,15 +442,22 @@ ADVICE = {
 
 
 def from_config(config: Config) -> TokenStore:
-    """Return the store of the account of config.ini, in its ``state_dir``.
+    """Return the store of the account of config.ini, in its ``state_dir`` or in Redis.
 
     Raises:
         TokenError: AppID or AppSecret is not set.
+        ConfigError: ``[shared] redis`` needs a package that is not installed.
     """
     if not config.appid or not config.appsecret:
         raise TokenError("set [wechat] appid and appsecret, or WX_APPID and WX_APPSECRET")
-    return TokenStore(
-        config.state_dir / "access_token.json",
+    kind: Callable[..., TokenStore] = TokenStore
+    place: object = config.state_dir / "access_token.json"
+    if config.redis:
+        from redis_store import RedisTokenStore
+
+        kind, place = RedisTokenStore, config.redis
+    return kind(
+        place,
         config.appid,
         config.appsecret,
         endpoint=config.endpoint,
@@ -469,4 +482,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["token_store"] = sys.modules["__main__"]  # which redis_store extends
     main()

@@ -192,7 +192,7 @@ def _callback(config: Config, url: str) -> str:
         raise Fault("--url must be http://… or https://…, as in the console")
     made = config.state_dir / "callback_token"
     # To make one is the server's to do: it is shown, and belongs to whoever makes it.
-    if not config.token and not (made.exists() and made.read_bytes().strip()):
+    if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
     if why := wxsim_wire.verify(Account(url, wxconfig.callback_token(config))):
         raise Fault(why)

@@ -238,10 +238,13 @@ def callback_token(config: Config) -> str:
     Whoever makes it logs once how to use it.
 
     Raises:
-        ConfigError: the file cannot be kept, or holds something else.
+        ConfigError: the file cannot be kept, or holds something else; or several machines, which
+            must have the same Token, would each make their own.
     """
     if config.token:
         return config.token
+    if config.redis:
+        raise ConfigError("[wechat] token: with [shared] redis set it, the same on every machine")
     path = config.state_dir / "callback_token"
     try:
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

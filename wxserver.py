@@ -85,7 +85,7 @@ def create_application(
 
     Raises:
         ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
-            ``encryption`` needs a package that is not installed.
+            ``encryption`` or Redis needs a package that is not installed.
     """
     cipher = wxcrypto.from_config(config)
     token = wxconfig.callback_token(config)
@@ -243,7 +243,6 @@ def _run(
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
-    import reply_journal
     import reply_once
 
     def please_wait(message: Message) -> bytes:
@@ -259,8 +258,17 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
         def push(openid: str, xml: bytes) -> None:
             api.send(openid, wxmessage.from_xml(xml))
 
+    answers: reply_once.Answers
+    if config.redis:
+        import redis_store
+
+        answers = redis_store.answers(config)
+    else:
+        import reply_journal
+
+        answers = reply_journal.Journal(config.state_dir / "replies")
     return reply_once.ReplyOnce(
-        reply_journal.Journal(config.state_dir / "replies"),
+        answers,
         please_wait,
         keep_late=config.late != "drop",
         push=push,
@@ -319,6 +327,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         config = wxconfig.load()
+        if config.redis:
+            import redis_store
+
+            redis_store.check(config)
         application = create_application(config)
         with make_server("127.0.0.1", port, application, Server, Handler) as server:
             log.info(

@@ -112,3 +112,20 @@ def run() -> Iterator[Run]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Any]:
+    """One redis-server for the tests that do it no harm."""
+    from serving import RedisServer
+
+    server = RedisServer()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_url(redis_server: Any) -> str:
+    """The URL of an empty Redis."""
+    redis_server.ask("FLUSHALL")
+    return str(redis_server.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -42,6 +43,7 @@ class Server:
     def __init__(self, run: Run, folder: Path, *arguments: str, **env: str) -> None:
         self.folder, self.port = folder, free_port()
         self.base = f"http://127.0.0.1:{self.port}"
+        self._token = env.get("WX_TOKEN", "")
         self.config = folder / "config.ini"
         if not self.config.exists():
             self.config.write_text("")
@@ -66,6 +68,8 @@ class Server:
         return {int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", self.log)}
 
     def token(self) -> str:
+        if self._token:
+            return self._token
         path = self.folder / "state" / "callback_token"
         return str(until(lambda: path.exists() and path.read_text().strip()))
 
@@ -156,3 +160,41 @@ def nginx_site(
             yield Site(http, https, certificate)
         finally:
             nginx.terminate()
+
+
+class RedisServer:
+    """A redis-server that keeps nothing on the disk, and can be lost in several ways."""
+
+    def __init__(self, *arguments: str) -> None:
+        if not shutil.which("redis-server"):
+            skip("there is no redis-server; on Debian and Ubuntu: sudo apt install redis-server")
+        self.port, self._arguments = free_port(), arguments
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        command = f"redis-server --port {self.port} --bind 127.0.0.1 --save --appendonly no"
+        self.process = subprocess.Popen(
+            [*command.split(), *self._arguments], stdout=subprocess.DEVNULL
+        )
+        until(lambda: self.ask("PING").startswith((b"+PONG", b"-NOAUTH")))
+
+    def ask(self, *words: str) -> bytes:
+        """Return the beginning of what Redis says to a command, or nothing without it."""
+        request = [f"*{len(words)}", *(line for word in words for line in (f"${len(word)}", word))]
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+                connection.sendall("".join(f"{line}\r\n" for line in request).encode())
+                return connection.recv(65536)
+        except OSError:
+            return b""
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()

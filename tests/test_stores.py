@@ -1,0 +1,462 @@
+"""The promises that both stores keep: the one of a machine's disk, and the one of Redis.
+
+Machines are processes and objects that share nothing but the store: one state_dir, or one Redis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import APPID, APPSECRET, TOKEN, Run, config_for
+from serving import until
+from test_reply_once import PATIENCE, WAIT, Counted, message, send
+
+import redis_store
+import token_store
+from reply_journal import Journal
+from reply_once import Answers, ReplyOnce
+from token_store import TokenError, TokenStore
+from wxconfig import Config
+from wxsim_api import FakeApi
+
+NAME, WHO = "gh_1+alice+1", "gh_1+alice"
+
+
+class Shared:
+    """What several machines share, and machines that share it."""
+
+    def __init__(self, folder: Path, api: FakeApi, redis: str) -> None:
+        self.folder, self.api, self.redis, self.machines = folder, api, redis, 0
+        self.passed = 0.0  # seconds, for the machines and for WeChat
+        api.clock = self.clock
+
+    def clock(self) -> float:
+        return time.time() + self.passed
+
+    def _folder(self) -> Path:
+        """Return the folder of another machine: its own, if what is shared is in Redis."""
+        self.machines += 1
+        folder = self.folder / (f"machine {self.machines}" if self.redis else "machine")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def config(self, **more: Any) -> Config:
+        return Config(
+            token=TOKEN,
+            appid=APPID,
+            appsecret=APPSECRET,
+            api_base=self.api.base,
+            state_dir=self._folder() / "state",
+            redis=self.redis,
+            **more,
+        )
+
+    def tokens(self, **more: Any) -> TokenStore:
+        store = token_store.from_config(self.config(**more))
+        store._clock = self.clock
+        return store
+
+    def answers(self) -> Answers:
+        return answers(self.config())
+
+    def once(self, **more: Any) -> ReplyOnce:
+        return ReplyOnce(self.answers(), lambda _: WAIT, **{"patience": PATIENCE, **more})
+
+    def process(self, run: Run, script: str, *arguments: str) -> Any:
+        """Start a process on another machine, and wait until it says that it is ready."""
+        env = config_for(self.api, self._folder(), WX_REDIS=self.redis)
+        process = run("-c", BEGIN + script, *arguments, env=env)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+
+BEGIN = """
+import os, sys, time
+import redis_store, reply_journal, token_store, wxconfig
+from reply_once import ReplyOnce
+config = wxconfig.load()
+if config.redis:
+    answers = redis_store.answers(config)
+else:
+    answers = reply_journal.Journal(config.state_dir / "replies")
+once = ReplyOnce(answers, lambda _: b"wait", patience=8)
+def message(number=1):
+    account = {"ToUserName": "gh_97417a04a28d", "FromUserName": "alice"}
+    return {**account, "MsgType": "text", "MsgId": str(number)}
+def ready():
+    print("ready", flush=True)
+    return sys.stdin.readline()
+"""
+
+
+def answers(config: Config) -> Answers:
+    if config.redis:
+        return redis_store.answers(config)
+    return Journal(config.state_dir / "replies")
+
+
+def go(processes: list[Any]) -> list[str]:
+    """Let processes that are ready go on at one moment; return what they print."""
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=40) for process in processes]
+    assert {errors for _, errors in outputs} == {""}
+    return [out.strip() for out, _ in outputs]
+
+
+@pytest.fixture(params=["file", "redis"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path, fake_api: FakeApi) -> Shared:
+    redis = request.getfixturevalue("redis_url") if request.param == "redis" else ""
+    return Shared(tmp_path, fake_api, redis)
+
+
+# The access_token
+
+ASK = """
+stale = sys.argv[1]
+store = token_store.from_config(config)
+ready()
+print(store.refresh(stale) if stale else store.get())
+"""
+
+
+@pytest.mark.parametrize("endpoint", ["stable_token", "token"])
+def test_a_token_is_fetched_once_for_all_machines(
+    shared: Shared, fake_api: FakeApi, endpoint: str
+) -> None:
+    assert {shared.tokens(endpoint=endpoint).get() for _ in range(5)} == {fake_api.token}
+    assert len(fake_api.fetches) == 1
+
+
+def test_many_processes_at_once_make_one_fetch(shared: Shared, fake_api: FakeApi, run: Run) -> None:
+    fake_api.delay = 0.2
+    processes = [shared.process(run, ASK, "") for _ in range(8)]
+    assert go(processes) == [fake_api.token] * 8
+    assert len(fake_api.fetches) == 1
+
+
+def test_many_processes_told_40001_at_once_make_one_fetch(
+    shared: Shared, fake_api: FakeApi, run: Run
+) -> None:
+    stale = shared.tokens().get()
+    fake_api.delay = 0.2
+    fake_api.expire()
+    processes = [shared.process(run, ASK, stale) for _ in range(8)]
+    assert go(processes) == [fake_api.token] * 8
+    assert fake_api.token != stale
+    assert len(fake_api.fetches) == 2
+
+
+def test_threads_of_one_store_share_one_fetch(shared: Shared, fake_api: FakeApi) -> None:
+    fake_api.delay = 0.2
+    store = shared.tokens()
+    with ThreadPoolExecutor(100) as pool:
+        assert set(pool.map(lambda _: store.get(), range(100))) == {fake_api.token}
+    assert len(fake_api.fetches) == 1
+
+
+def test_a_token_that_another_machine_replaced_is_not_fetched_again(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    one, other = shared.tokens(), shared.tokens()
+    first = one.get()
+    assert other.get() == first
+    second = one.refresh(first)
+    assert other.refresh(first) == second != first
+    assert len([asked for asked in fake_api.fetches if not asked.get("force_refresh")]) == 2
+
+
+def test_tokens_that_are_refused_are_not_burned_by_any_machine(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    store = shared.tokens()
+    second = store.refresh(store.get())
+    fetches = len(fake_api.fetches)
+    for _ in range(5):
+        with pytest.raises(TokenError, match="refuses the tokens it gives"):
+            shared.tokens().refresh(second)
+    assert shared.tokens().get() == second
+    assert len(fake_api.fetches) == fetches
+
+
+def test_near_expiry_one_fetches_and_the_others_go_on_with_the_old_token(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    one, other = shared.tokens(), shared.tokens()
+    first = one.get()
+    shared.passed += 7200 - 100
+    asked, go_on = threading.Event(), threading.Event()
+
+    def fetch() -> None:
+        asked.set()
+        assert go_on.wait(10)
+
+    fake_api.on_fetch = fetch
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(one.get)
+        assert asked.wait(10)
+        assert other.get() == shared.tokens().get() == first
+        go_on.set()
+        assert fetching.result() == fake_api.token != first
+    assert shared.tokens().get() == until(lambda: other.get() != first and other.get())
+    assert len(fake_api.fetches) == 2
+
+
+def test_past_expiry_the_others_wait_for_the_one_that_fetches(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    first = shared.tokens().get()
+    shared.passed += 7201
+    fake_api.delay = 0.3
+    with ThreadPoolExecutor(20) as pool:
+        tokens = set(pool.map(lambda _: shared.tokens().get(), range(20)))
+    assert tokens == {fake_api.token} != {first}
+    assert len(fake_api.fetches) == 2
+
+
+def test_a_fetch_of_a_process_that_dies_is_taken_over_within_seconds(
+    shared: Shared, fake_api: FakeApi, run: Run
+) -> None:
+    asked = threading.Event()
+    fake_api.on_fetch, fake_api.drip, fake_api.failure = asked.set, 1.0, b" " * 60
+    owner = shared.process(run, ASK, "")
+    owner.stdin.write("\n")
+    owner.stdin.flush()
+    until(lambda: fake_api.calls or fake_api.fetches or asked.is_set())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(shared.tokens().get)
+        assert not waiting.done()
+        fake_api.drip, fake_api.failure = 0.0, None
+        owner.kill()
+        assert waiting.result() == fake_api.token
+
+
+def test_a_failure_is_shared_and_not_repeated_by_another_machine(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    fake_api.failure = b'{"errcode": 40164, "errmsg": "invalid ip 1.2.3.4"}'
+    for _ in range(5):
+        with pytest.raises(TokenError, match=r"errcode 40164 .*next try in 5 s") as caught:
+            shared.tokens().get()
+        assert caught.value.errcode == 40164
+    assert len(fake_api.calls) == 1
+    fake_api.failure = None
+    shared.passed += 6
+    assert shared.tokens().get() == fake_api.token
+
+
+def test_while_wechat_is_down_every_machine_goes_on_with_the_old_token(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    first = shared.tokens().get()
+    shared.passed += 7200 - 100
+    fake_api.failure = b"<html>"
+    assert [shared.tokens().get() for _ in range(5)] == [first] * 5
+    assert len(fake_api.calls) == 1
+    shared.passed += 101
+    with pytest.raises(TokenError, match="something else than WeChat's JSON"):
+        shared.tokens().get()
+
+
+# The answers
+
+COPIES = """
+def run():
+    with open(sys.argv[1], "a") as runs:
+        runs.write("run\\n")
+    time.sleep(0.3)
+    return [b"the answer"]
+ready()
+for number in range(4):
+    print(once.answer(message(number), run))
+"""
+
+
+def test_every_copy_on_any_machine_gets_the_same_bytes_from_one_run(shared: Shared) -> None:
+    for bot in (Counted(b"answer \n \xff"), Counted(b"1", b"2"), Counted()):
+        number = len(bot.parts)
+        came = {shared.once().answer(message(number, str(number)), bot) for _ in range(5)}
+        assert came == {(bot.parts or [b""])[0]}
+        assert bot.runs == 1
+
+
+def test_copies_that_race_on_many_processes_are_one_run(
+    shared: Shared, tmp_path: Path, run: Run
+) -> None:
+    runs = tmp_path / "runs"
+    processes = [shared.process(run, COPIES, str(runs)) for _ in range(6)]
+    assert go(processes) == ["\n".join(["b'the answer'"] * 4)] * 6
+    assert runs.read_text().count("run") == 4
+
+
+def test_each_copy_is_counted_wherever_it_comes(shared: Shared) -> None:
+    came = [shared.answers().come(NAME, WHO) for _ in range(3)]
+    assert [(found.copies, found.mine, found.parts) for found in came] == [
+        (1, True, None),
+        (2, False, None),
+        (3, False, None),
+    ]
+
+
+OWNER = """
+def run():
+    ready()
+    time.sleep(60)
+once.answer(message(), run)
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_killed_owners_message_is_taken_over_within_seconds(
+    shared: Shared, run: Run, waits: bool
+) -> None:
+    """By a copy that waits, or by one that comes later."""
+    owner, bot, once = shared.process(run, OWNER), Counted(b"again"), shared.once(patience=5.0)
+    if not waits:
+        os.kill(owner.pid, signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(once.answer, message(), bot)
+        assert not waiting.done()
+        os.kill(owner.pid, signal.SIGKILL)
+        assert waiting.result() == b"again"
+    assert bot.runs == 1
+
+
+def test_a_run_is_its_owners_however_long_it_takes(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "LEASE", 0.5)  # which is renewed
+    bot = Counted(b"answer", seconds=2.0)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(shared.once(patience=8.0).answer, message(), bot)
+        until(lambda: bot.runs)
+        assert shared.once(patience=8.0).answer(message(), Counted(b"other")) == b"answer"
+        assert first.result() == b"answer"
+
+
+def test_a_late_answer_is_picked_up_from_another_machine(shared: Shared) -> None:
+    bot, other = Counted(b"late", seconds=4 * PATIENCE), Counted(b"other")
+    assert send(shared.once(), message(1), bot) == [b"late", None, WAIT]
+    assert shared.once().answer(message(2, "bob"), other) == b"other"
+    assert shared.once().answer(message(3), other) == b"late"
+    assert shared.once().answer(message(3), other) == b"late"
+    assert shared.once().answer(message(4), other) == b"other"
+    assert (bot.runs, other.runs) == (1, 2)
+
+
+def test_a_text_in_parts_goes_on_on_any_machine(shared: Shared) -> None:
+    bot, other = Counted(b"1", b"2", b"3"), Counted(b"other")
+    came = [shared.once().answer(message(1), bot)]
+    came += [shared.once().answer(message(number), other) for number in (2, 3, 3, 2, 4)]
+    assert came == [b"1", b"2", b"3", b"3", b"2", b"other"]
+
+
+def test_the_last_word_or_the_answer_is_first_for_all_who_look(shared: Shared) -> None:
+    def meet(number: int) -> set[bool]:
+        name, one, other = f"{NAME}{number}", shared.answers(), shared.answers()
+        one.come(name, WHO)
+        other.come(name, WHO)
+        barrier = threading.Barrier(2)
+
+        def together(say: Callable[[], Any]) -> bool:
+            barrier.wait()
+            say()
+            return shared.answers().come(name, WHO).late
+
+        with ThreadPoolExecutor(2) as pool:
+            told = pool.submit(together, lambda: one.tell_late(name))
+            kept = pool.submit(together, lambda: other.keep(name, [b"answer"]))
+        found = one.look(name)
+        assert found.parts == [b"answer"]
+        return {found.late, other.look(name).late, one.tell_late(name).late} | (
+            {told.result()} if told.result() else {kept.result(), found.late}
+        )
+
+    for number in range(20):
+        assert len(meet(number)) == 1
+
+
+def test_parts_wait_in_order_for_their_follower_alone(shared: Shared) -> None:
+    one, other = shared.answers(), shared.answers()
+    assert not one.come(f"{NAME}0", WHO).waiting
+    for order, part in (("2.1", b"c"), ("1.1", b"b"), ("2.2", b"d"), ("1.0", b"a\n\xff")):
+        one.put(WHO, order, part)
+    assert other.come(f"{NAME}1", WHO).waiting
+    assert not other.come(f"{NAME}2", f"{WHO}2").waiting
+    given: list[bytes | None] = []
+    for answers in (one, other, one, other, one):
+        with answers.waiting(WHO) as given_now:
+            given.append(given_now)
+    assert given == [b"a\n\xff", b"b", b"c", b"d", None]
+
+
+def test_a_part_that_is_being_given_is_nobody_elses_and_stays_if_it_fails(shared: Shared) -> None:
+    one, other = shared.answers(), shared.answers()
+    one.put(WHO, "1", b"part")
+    with contextlib.suppress(RuntimeError), one.waiting(WHO) as part:
+        assert part == b"part"
+        with other.waiting(WHO) as second:
+            assert second is None
+        raise RuntimeError("errcode 48001")
+    with other.waiting(WHO) as part:
+        assert part == b"part"
+    with one.waiting(WHO) as part:
+        assert part is None
+
+
+GIVER = """
+with answers.waiting("gh_1+alice") as part:
+    ready()
+"""
+
+
+def test_what_a_killed_process_was_giving_goes_on_waiting(shared: Shared, run: Run) -> None:
+    mine = shared.answers()
+    mine.put(WHO, "1", b"part")
+    giver = shared.process(run, GIVER)
+    with mine.waiting(WHO) as part:
+        assert part is None
+    giver.kill()
+
+    def take() -> bytes | None:
+        with mine.waiting(WHO) as part:
+            return part
+
+    assert until(take) == b"part"
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # that is the point of it
+def test_a_child_that_a_reply_forked_does_not_keep_its_message(shared: Shared, run: Run) -> None:
+    owner = shared.process(run, FORKING)
+    child = int(owner.stdout.readline())
+    bot = Counted(b"again")
+    try:
+        os.kill(owner.pid, signal.SIGKILL)
+        assert shared.once(patience=5.0).answer(message(), bot) == b"again"
+        os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+FORKING = """
+def run():
+    if child := os.fork():
+        ready_print(child)
+        time.sleep(60)
+    once.answer(message(2), lambda: [b""])  # a child may be a server of its own
+    time.sleep(60)
+def ready_print(child):
+    print("ready", flush=True)
+    print(child, flush=True)
+once.answer(message(), run)
+"""
