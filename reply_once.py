@@ -189,6 +189,9 @@ class ReplyOnce:
             # What waits is put there first, so that a worker that is killed loses nothing.
             if late or len(parts) > 1:
                 self._put(asked, parts, 0 if late else 1)
+        except OSError as error:
+            self._complain("a late answer may be lost", error)
+        try:  # in any case, or the copies would wait for it in vain
             self._answers.keep(asked.name, parts)
             if slow and not late and self._answers.look(asked.name).late:  # told meanwhile
                 late = True

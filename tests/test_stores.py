@@ -6,6 +6,7 @@ Machines are processes and objects that share nothing but the store: one state_d
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -352,6 +353,19 @@ def test_a_late_answer_is_picked_up_from_another_machine(shared: Shared) -> None
     assert shared.once().answer(message(3), other) == b"late"
     assert shared.once().answer(message(4), other) == b"other"
     assert (bot.runs, other.runs) == (1, 2)
+
+
+def test_an_answer_whose_rest_cannot_be_put_is_there_for_the_copies(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full, bot = shared.answers(), Counted(b"1", b"2")
+    monkeypatch.setattr(full, "put", put)
+    once = ReplyOnce(full, lambda _: WAIT, patience=PATIENCE)
+    assert once.answer(message(), bot) == shared.once().answer(message(), bot) == b"1"
+    assert bot.runs == 1
 
 
 def test_a_text_in_parts_goes_on_on_any_machine(shared: Shared) -> None:
