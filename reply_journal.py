@@ -328,23 +328,25 @@ class Journal:
     def _sweep(self, last: int) -> None:
         """Remove what is old: files before the last one, of dead processes, and what waits."""
         before = time.time() - self._keep
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self._folder):
-                kind, _, number = entry.name.partition(".")
+        for entry in os.scandir(self._folder):
+            kind, _, number = entry.name.partition(".")
+            with contextlib.suppress(OSError):  # somebody else was quicker
                 if entry.is_dir() or entry.stat().st_mtime >= before:
                     continue
-                if kind == "process":
+                if kind == "journal" and int(number) < last:
+                    os.unlink(entry)
+                elif kind == "process":
                     fd = _open(entry.path)
                     if _lock(fd):
-                        os.unlink(entry.path)
-                    _unlock(fd)
-                elif int(number) < last:
-                    os.unlink(entry.path)
-            before = time.time() - KEEP_LATE
-            for folder in os.scandir(self._late):
-                if folder.stat().st_mtime < before:  # of its newest name
-                    for entry in os.scandir(folder):
                         os.unlink(entry)
+                    _unlock(fd)
+        before = time.time() - KEEP_LATE
+        for who in _list(self._late):
+            folder = f"{self._late}/{who}"
+            with contextlib.suppress(OSError):
+                if os.stat(folder).st_mtime < before:  # of its newest name
+                    for name in os.listdir(folder):
+                        os.unlink(f"{folder}/{name}")
                     os.rmdir(folder)
 
     def _numbers(self) -> list[int]:

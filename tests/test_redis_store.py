@@ -356,7 +356,7 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[shared\] redis: no URL") as caught:
-        redis_store.check(wxconfig.Config(redis=url))
+        redis_store.check(wxconfig.Config(appid=APPID, redis=url))
     assert "word" not in str(caught.value).replace("password", "")
 
 
@@ -364,10 +364,10 @@ def test_a_password_is_used_and_a_wrong_one_is_named_without_being_shown() -> No
     server = RedisServer("--requirepass", "s3cret")
     try:
         right, wrong = (server.url.replace("//", f"//:{word}@") for word in ("s3cret", "wr0ng"))
-        redis_store.check(wxconfig.Config(redis=right))
+        redis_store.check(wxconfig.Config(appid=APPID, redis=right))
         for url in (wrong, server.url):
             with pytest.raises(ConfigError, match=r"\[shared\] redis: Redis at .*") as caught:
-                redis_store.check(wxconfig.Config(redis=url))
+                redis_store.check(wxconfig.Config(appid=APPID, redis=url))
             assert "wr0ng" not in str(caught.value)
             assert "\n" not in str(caught.value)
     finally:
@@ -521,7 +521,7 @@ def test_gunicorn_goes_on_without_redis_and_its_workers_can_be_replaced(
 def test_without_redis_or_a_token_gunicorn_does_not_start(
     run: Run, tmp_path: Path, environ: dict[str, str], error: str
 ) -> None:
-    server = gunicorn(run, tmp_path, WX_REDIS=nowhere(), **environ)
+    server = gunicorn(run, tmp_path, WX_APPID=APPID, WX_REDIS=nowhere(), **environ)
     assert server.process.wait(timeout=15) != 0
     assert error in server.log
     assert "s3cret" not in server.log

@@ -427,27 +427,28 @@ def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:
     assert typing == ["alice"]
 
 
-def turn(folder: Path, keep: float) -> None:
-    """Let messages come until the first file of the journal is gone."""
-    journal, numbers = Journal(folder, keep), itertools.count(1000)
+def turn(folder: Path, gone: Path) -> None:
+    """Let messages come until a file is gone."""
+    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
 
-    def gone() -> bool:
+    def turned() -> bool:
         journal.come(str(next(numbers)), "somebody")
-        return not (folder / "journal.1").exists()
+        return not gone.exists()
 
-    until(gone)
+    until(turned)
 
 
 def test_old_files_are_swept_and_those_of_living_processes_are_not(folder: Path, run: Run) -> None:
-    for _ in range(2):
+    def own() -> Any:
         owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
         assert owner.stdout.readline() == "running\n"
-        if not (dead := list(folder.glob("process.*")))[1:]:
-            owner.kill()
-            owner.wait()
-    turn(folder, keep=0.2)
-    until(lambda: not dead[0].exists())
-    assert list(folder.glob(f"process.{owner.pid}.*"))
+        return owner
+
+    own().kill()
+    [dead] = folder.glob("process.*")
+    living = own()
+    turn(folder, dead)
+    assert list(folder.glob(f"process.{living.pid}.*"))
     assert len(files(folder)) < 8
 
 
@@ -458,8 +459,7 @@ def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
     [alices] = folder.glob("late/*alice")
     old = time.time() - reply_once.KEEP_LATE - 60
     os.utime(alices, (old, old))
-    turn(folder, keep=0.2)
-    until(lambda: not alices.exists())
+    turn(folder, alices)
     assert once.answer(message(2, "alice"), other) == b"other"
     assert once.answer(message(2, "bob"), other) == b"2"
 
@@ -501,7 +501,7 @@ def test_copies_that_race_while_files_are_turned_and_swept_are_one_run(
 def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path) -> None:
     sleeper, bot = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT), Counted(b"a")
     sleeper.answer(message(1), bot)
-    turn(folder, keep=0.2)
+    turn(folder, folder / "journal.1")
     assert [each.answer(message(2), bot) for each in (sleeper, make(folder))] == [b"a"] * 2
     assert bot.runs == 2
 
