@@ -33,6 +33,7 @@ lint: install
 
 bench: install
 	$(bin)/python bench/bench.py
+	$(bin)/python bench/stores.py
 
 soak: install
 	$(bin)/python bench/soak.py
@@ -41,6 +42,7 @@ soak: install
 # versions are the ones of the README's figures.
 bench-peers: install .venv-peers/installed
 	$(bin)/python bench/bench.py --peers .venv-peers/bin/gunicorn
+	$(bin)/python bench/stores.py
 
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers

@@ -328,17 +328,17 @@ class Journal:
     def _sweep(self, last: int) -> None:
         """Remove what is old: files before the last one, of dead processes, and what waits."""
         before = time.time() - self._keep
-        for entry in os.scandir(self._folder):
-            kind, _, number = entry.name.partition(".")
+        for name in _list(self._folder):
+            path, (kind, _, number) = f"{self._folder}/{name}", name.partition(".")
             with contextlib.suppress(OSError):  # somebody else was quicker
-                if entry.is_dir() or entry.stat().st_mtime >= before:
+                if os.stat(path).st_mtime >= before:
                     continue
                 if kind == "journal" and int(number) < last:
-                    os.unlink(entry)
+                    os.unlink(path)
                 elif kind == "process":
-                    fd = _open(entry.path)
+                    fd = _open(path)
                     if _lock(fd):
-                        os.unlink(entry)
+                        os.unlink(path)
                     _unlock(fd)
         before = time.time() - KEEP_LATE
         for who in _list(self._late):

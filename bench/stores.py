@@ -29,6 +29,7 @@ from wxsim_api import FakeApi
 
 SHM = "/dev/shm"  # tmpfs
 PROCESSES, THREADS = 20, 10
+ROUNDS = 15
 ASKERS = PROCESSES * THREADS
 DELAY = 0.1  # seconds that the API takes to answer
 ACCOUNT = Config(appid="wxba5fad812f8e6fb9", appsecret="0123456789abcdef")
@@ -64,10 +65,10 @@ def answers(config: Config) -> reply_once.Answers:
     return redis_store.answers(config)
 
 
-def row(name: str, function: Callable[[], object], loops: int, rounds: int = 15) -> None:
+def row(name: str, function: Callable[[], object], loops: int) -> None:
     """Print what a call takes in µs: the median of the rounds, and the best."""
     results = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         began = time.perf_counter()
         for _ in range(loops):
             function()
@@ -81,6 +82,17 @@ def claim(config: Config) -> Callable[[], object]:
     numbers = itertools.count(time.time_ns())
     message = {"ToUserName": "gh_1", "FromUserName": "o9AgO5Kd5ggOC-bXrbNODIiE3bGY"}
     return lambda: once.answer({**message, "MsgId": str(next(numbers))}, lambda: PARTS)
+
+
+def cpu(config: Config) -> float:
+    """Return the seconds that Redis has worked, 0 without one."""
+    if not config.redis:
+        return 0.0
+    import redis
+
+    with redis.Redis.from_url(config.redis) as client:
+        used = client.info("cpu")
+    return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
 def ask(config: Config, began: float) -> list[float]:
@@ -131,7 +143,11 @@ def main() -> None:
                 store.get()
                 row(f"get(), {name}", store.get, 5000)
         for name, config in stores.items():
+            before = cpu(config)
             row(f"a claim, {name}", claim(config), 1000)
+            if config.redis:
+                took = (cpu(config) - before) / (ROUNDS * 1000) * 1e6
+                print(f"{'  of Redis itself, CPU':24}{took:8.1f}")
         print(f"\n{ASKERS} ask at once for a token, of an API that takes {DELAY * 1000:.0f} ms")
         for name, config in stores.items():
             print(f"  {name}: {stampede(config, 5)}")
