@@ -3,7 +3,7 @@
 A record is one write to a file opened with O_APPEND, which the kernel never mixes with another. So
 everybody reads the same records in the same order, and whose claim of a message is the first is its
 owner. That takes no lock, which a thread that waits for its turn in Python would keep from all
-other processes. A record is NUL, the length of the rest, and the rest; a torn one is skipped:
+other processes. A record begins with NUL and ends with STX; one that is torn is nobody's:
 
     ? NAME OWNER       a copy of the message has come, and is its owner if it has none
     > NAME OWNER DEAD  its owner was DEAD, and has died
@@ -12,8 +12,8 @@ other processes. A record is NUL, the length of the rest, and the rest; a torn o
     + FOLLOWER         a part of an answer waits for the follower, in a folder of its own
     / NEXT OWNER       the end: a message that is not here yet has its place in file NEXT
 
-XML can hold neither NUL nor SOH. An owner is a run of ``reply()`` in a process, and each process
-holds the flock of a file of its own as long as it lives.
+XML can hold none of these three characters. An owner is a run of ``reply()`` in a process, and each
+process holds the flock of a file of its own as long as it lives.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,75 +38,64 @@ PAGE = 4096  # bytes that are read at first; there are seldom more
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-class _Message:
-    """What the records say of one message."""
-
-    __slots__ = ("answer", "copies", "late", "owner")
-
-    def __init__(self, owner: bytes) -> None:
-        self.owner, self.copies, self.late = owner, 1, False
-        self.answer: bytes | None = None
-
-    def found(self, mine: bool = False, waiting: bool = False) -> Found:
-        parts = None if self.answer is None else self.answer.split(b"\1") if self.answer else []
-        return Found(self.copies, mine, self.late, parts, waiting)
-
-
 class _File:
     """One file of the journal, and what this process has read of it."""
 
     def __init__(self, path: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
         self.number, self.opened = number, time.monotonic()
-        self.messages: dict[bytes, _Message] = {}
+        # By the names of messages; most have an owner and an answer alone.
+        self.owners: dict[bytes, bytes] = {}
+        self.answers: dict[bytes, bytes] = {}
+        self._copies: Counter[bytes] = Counter()  # after the first
+        self._late: set[bytes] = set()
         self.next, self.closer, self.closed = 0, b"", math.inf
-        self._waiting, self._end = waiting, 0
+        self._waiting, self._end, self._lock = waiting, 0, threading.Lock()
         self._fd = _open(path, flags)
         weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
 
-    def append(self, record: bytes) -> None:
-        record = b"\0%d %b" % (len(record), record)
-        if os.write(self._fd, record) < len(record):  # nobody will take what came of it for one
+    def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
+        record = b"\0%b %b %b\2" % (kind, name, rest)
+        if os.write(self._fd, record) < len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self) -> None:
         """Read what was appended since the last time."""
-        size = PAGE
-        while len(data := os.pread(self._fd, size, self._end)) == size:
-            size *= 4
-        whole, records = True, data.split(b"\0")[1:]
-        for record in records:
-            whole = self._take(record)
-        self._end += len(data) if whole else len(data) - len(records[-1]) - 1
+        while True:
+            size, end = PAGE, self._end
+            while len(data := os.pread(self._fd, size, end)) == size:
+                size *= 4
+            with self._lock:  # held by no thread that has let go of the interpreter
+                if self._end == end:
+                    self._end = end + data.rfind(b"\2") + 1
+                    return self._take(data)
 
-    def _take(self, record: bytes) -> bool:
-        """Take in a record; tell whether it is whole."""
-        length, _, body = record.partition(b" ")
-        if length != b"%d" % len(body):
-            return False
-        kind, (name, _, rest) = body[:1], body[2:].partition(b" ")
-        message = self.messages.get(name)
-        if kind == b"?":
-            if message is not None:
-                message.copies += 1
-            elif not self.next:
-                self.messages[name] = _Message(rest)
-        elif kind == b"/":
-            if not self.next:
+    def _take(self, data: bytes) -> None:
+        for record in data.split(b"\2")[:-1]:
+            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
+            if kind == b"?":
+                if name in self.owners:
+                    self._copies[name] += 1
+                elif not self.next:
+                    self.owners[name] = rest
+            elif kind == b"=":
+                self.answers.setdefault(name, rest)
+            elif kind == b"!":
+                if name not in self.answers:
+                    self._late.add(name)
+            elif kind == b">":
+                owner, _, dead = rest.partition(b" ")
+                if self.owners.get(name) == dead:
+                    self.owners[name] = owner
+            elif kind == b"+":
+                self._waiting.add(name)
+            elif kind == b"/" and not self.next:
                 self.next, self.closer = int(name), rest
-        elif kind == b"+":
-            self._waiting.add(name)
-        elif message is None:  # its claim was torn
-            pass
-        elif kind == b"=":
-            if message.answer is None:
-                message.answer = rest
-        elif kind == b"!":
-            message.late = message.late or message.answer is None
-        elif kind == b">":
-            owner, _, dead = rest.partition(b" ")
-            if message.owner == dead:
-                message.owner = owner
-        return True
+
+    def found(self, name: bytes, mine: bool = False, waiting: bool = False) -> Found:
+        """Return what is known of a message."""
+        answer = self.answers.get(name)
+        parts = None if answer is None else answer.split(b"\1") if answer else []
+        return Found(1 + self._copies.get(name, 0), mine, name in self._late, parts, waiting)
 
 
 class Journal:
@@ -124,51 +114,45 @@ class Journal:
         self._waiting: set[bytes] = set()  # followers for whom there may be something
         self._process, self._flock = b"", -1
         self._runs = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of the files that are open
         _journals.add(self)
 
     def come(self, name: str, who: str) -> Found:
         """Count a copy, and make the message its own if it is nobody's or its owner has died."""
-        key = name.encode()
-        with self._lock:
-            owner = self._owner()
-            file, message = self._claim(key, owner)
-            mine = message.owner == owner or self._inherit(file, message, key, owner)
-            if time.monotonic() - self._files[-1].opened > self._keep / 2:
-                with contextlib.suppress(OSError, RuntimeError):  # later, then
-                    self._turn(owner)
-            return message.found(mine, who.encode() in self._waiting)
+        key, owner = name.encode(), self._owner()
+        file = self._claim(key, owner)
+        mine = file.owners[key] == owner or self._inherit(file, key, owner)
+        if time.monotonic() - file.opened > self._keep / 2:
+            with contextlib.suppress(OSError, RuntimeError):  # later, then
+                self._turn(owner)
+        return file.found(key, mine, who.encode() in self._waiting)
 
     def look(self, name: str) -> Found:
         """Look again, and make the message the caller's if its owner has died."""
         key = name.encode()
-        with self._lock:
-            if not (file := self._file_of(key)):
-                return Found(0, late=True)
-            file.read()
-            message = file.messages[key]
-            return message.found(self._inherit(file, message, key, self._owner()))
+        if not (file := self._file_of(key)):
+            return Found(0, late=True)
+        file.read()
+        return file.found(key, self._inherit(file, key, self._owner()))
 
     def tell_late(self, name: str) -> Found:
         """Note that the follower was told to wait, if the answer is not there yet."""
         key = name.encode()
-        with self._lock:
-            if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
-                return Found(0, late=True)
-            file.append(b"! %b" % key)
-            file.read()
-            return file.messages[key].found()
+        if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
+            return Found(0, late=True)
+        file.append(b"!", key)
+        file.read()
+        return file.found(key)
 
     def keep(self, name: str, parts: Parts) -> None:
         """Leave the answer for the copies."""
         key = name.encode()
-        with self._lock:
-            if file := self._file_of(key):
-                try:
-                    file.append(b"= %b %b" % (key, b"\1".join(parts)))
-                except OSError:
-                    self._die()  # or the copies would wait for an answer that nobody will give
-                    raise
+        if file := self._file_of(key):
+            try:
+                file.append(b"=", key, b"\1".join(parts))
+            except OSError:
+                self._die()  # or the copies would wait for an answer that nobody will give
+                raise
 
     def put(self, who: str, order: str, part: bytes) -> None:
         """Let a part wait for the follower, behind those of lesser ``order``."""
@@ -183,14 +167,13 @@ class Journal:
                 break
             except FileNotFoundError:  # somebody has just removed the empty folder
                 continue
-        with self._lock:
-            while True:
-                file = self._last()
-                file.append(b"+ %b" % who.encode())
-                file.read()
-                if not file.next:
-                    return
-                self._follow(file)
+        file = self._last()
+        file.append(b"+", who.encode())
+        file.read()
+        while file.next:
+            file = self._follow(file)
+            file.append(b"+", who.encode())
+            file.read()
 
     @contextlib.contextmanager
     def waiting(self, who: str) -> Iterator[bytes | None]:
@@ -220,25 +203,30 @@ class Journal:
             yield None
 
     def after_fork(self) -> None:
-        """Leave the parent's lock to the parent."""
-        self._lock = threading.Lock()
+        """Leave the parent's locks to the parent."""
+        self._lock, self._files = threading.RLock(), []
         self._die()
 
     def _die(self) -> None:
         """Let what this process runs look as if it had died."""
-        if self._flock >= 0:
-            os.close(self._flock)
-        self._process, self._flock = b"", -1
+        with self._lock:
+            if self._flock >= 0:
+                os.close(self._flock)
+            self._process, self._flock = b"", -1
 
     def _owner(self) -> bytes:
-        """Return a new owner of this process, whose file it makes at first."""
-        if self._flock < 0:
-            name = f"process.{os.getpid()}.{time.time_ns()}"
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            self._flock = _open(f"{self._folder}/{name}", os.O_CREAT | os.O_EXCL)
-            fcntl.flock(self._flock, fcntl.LOCK_EX)
-            self._process = name.encode()
-        return b"%b/%d" % (self._process, next(self._runs))
+        return b"%b/%d" % (self._process or self._begin(), next(self._runs))
+
+    def _begin(self) -> bytes:
+        """Make the file whose lock shows that this process lives; return its name."""
+        with self._lock:
+            if not self._process:
+                name = f"process.{os.getpid()}.{time.time_ns()}"
+                os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                self._flock = _open(f"{self._folder}/{name}", os.O_CREAT | os.O_EXCL)
+                fcntl.flock(self._flock, fcntl.LOCK_EX)
+                self._process = name.encode()
+            return self._process
 
     def _lives(self, owner: bytes) -> bool:
         process = owner.partition(b"/")[0]
@@ -253,29 +241,29 @@ class Journal:
         finally:
             _unlock(fd)
 
-    def _claim(self, key: bytes, owner: bytes) -> tuple[_File, _Message]:
+    def _claim(self, key: bytes, owner: bytes) -> _File:
         """Let a copy come, in the file that has the message or in the last one."""
         file = self._file_of(key) or self._last()
         while True:
-            file.append(b"? %b %b" % (key, owner))
+            file.append(b"?", key, owner)
             file.read()
-            if message := file.messages.get(key):
-                return file, message
+            if key in file.owners:
+                return file
             if not file.next:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             file = self._follow(file)
 
-    def _inherit(self, file: _File, message: _Message, key: bytes, owner: bytes) -> bool:
+    def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
         """Make ``owner`` the owner if that of the message has died."""
-        if message.answer is not None or self._lives(message.owner):
+        if key in file.answers or self._lives(dead := file.owners[key]):
             return False
-        file.append(b"> %b %b %b" % (key, owner, message.owner))
+        file.append(b">", key, b"%b %b" % (owner, dead))
         file.read()
-        return message.owner == owner
+        return file.owners[key] == owner
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
-            if key in file.messages:
+            if key in file.owners:
                 return file
         return None
 
@@ -284,44 +272,50 @@ class Journal:
 
     def _open_all(self) -> list[_File]:
         """Open the files that are there, or the first one, and read them."""
-        self._files = []
-        self._waiting.update(name.encode() for name in _list(self._late))
-        numbers = sorted(self._numbers()) or [1]
-        for number in numbers:
-            self._files.append(file := self._open(number, os.O_CREAT))
-            file.read()
-            if number != numbers[-1]:
-                file.closed = file.opened
-            elif file.next:
-                numbers.append(file.next)
-        return self._files
+        with self._lock:
+            self._waiting.update(name.encode() for name in _list(self._late))
+            files, numbers = [], sorted(self._numbers()) or [1]
+            for number in numbers:
+                files.append(file := self._open(number, os.O_CREAT))
+                file.read()
+                if number != numbers[-1]:
+                    file.closed = file.opened
+                elif file.next:
+                    numbers.append(file.next)
+            self._files = files
+        return files
 
     def _open(self, number: int, flags: int = 0) -> _File:
         return _File(f"{self._folder}/journal.{number}", number, self._waiting, flags)
 
     def _follow(self, file: _File) -> _File:
         """Return the last file, after ``file`` was closed."""
-        try:
-            following = self._open(file.next)
-        except FileNotFoundError:  # this process has slept, and it is gone by now
-            return self._open_all()[-1]
-        file.closed = following.opened
-        following.read()
-        self._files = [each for each in self._files if following.opened - each.closed < self._keep]
-        self._files.append(following)
-        return following
+        with self._lock:
+            if file is self._files[-1]:  # else another thread was quicker
+                try:
+                    following = self._open(file.next)
+                except FileNotFoundError:  # this process has slept, and it is gone by now
+                    return self._open_all()[-1]
+                following.read()
+                file.closed = now = following.opened
+                files = [each for each in self._files if now - each.closed < self._keep]
+                self._files = [*files, following]
+            return self._files[-1]
 
     def _turn(self, owner: bytes) -> None:
-        """Close the last file, unless somebody else does; who is first removes old files too."""
-        file = self._files[-1]
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)  # whoever removed it
-        number = max(self._numbers(), default=0)
-        if number <= file.number:  # else the folder was emptied, and somebody began anew
-            number = file.number + 1
-            self._open(number, os.O_CREAT)
-        file.append(b"/ %d %b" % (number, owner))
-        file.read()
-        self._follow(file)
+        """Close the last file if it is time; who is the first to do so removes old files too."""
+        with self._lock:
+            file = self._files[-1]
+            if time.monotonic() - file.opened <= self._keep / 2:
+                return
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)  # whoever removed it
+            number = max(self._numbers(), default=0)
+            if number <= file.number:  # else the folder was emptied, and somebody began anew
+                number = file.number + 1
+                self._open(number, os.O_CREAT)
+            file.append(b"/", b"%d" % number, owner)
+            file.read()
+            self._follow(file)
         if file.closer == owner:
             threading.Thread(target=self._sweep, args=(number,), daemon=True).start()
 

@@ -81,7 +81,7 @@ def files(folder: Path) -> set[str]:
 
 
 def claims(folder: Path) -> int:
-    return (folder / "journal.1").read_bytes().count(b" ? ")
+    return (folder / "journal.1").read_bytes().count(b"\0? ")
 
 
 def test_every_copy_gets_the_same_bytes_from_one_run(folder: Path) -> None:
@@ -522,7 +522,9 @@ def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Pat
     until(met)
 
 
-@pytest.mark.parametrize("torn", [b"\x0031 = gh_97417a0", b"\0" * 100, b"\0", b"\x0022"])
+@pytest.mark.parametrize(
+    "torn", [b"\0= gh_97417a04a28d+alice+1 torn", b"\0" * 100, b"\0", b"\0? x"]
+)
 def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
     before, bot = make(folder), Counted(b"a")
     assert before.answer(message(1), bot) == b"a"
