@@ -130,6 +130,7 @@ def main() -> None:
     """Run the benchmark and print its table."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SHM)))
+        disk = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stores = {"files": replace(ACCOUNT, state_dir=folder / "state")}
         if shutil.which("redis-server"):
             url = stack.enter_context(redis_server(folder))
@@ -142,7 +143,8 @@ def main() -> None:
                 store = token_store.from_config(replace(config, api_base=api.base))
                 store.get()
                 row(f"get(), {name}", store.get, 5000)
-        for name, config in stores.items():
+        on_disk = {"files on disk": replace(ACCOUNT, state_dir=disk)}
+        for name, config in (stores | on_disk).items():
             before = cpu(config)
             row(f"a claim, {name}", claim(config), 1000)
             if config.redis:
