@@ -42,7 +42,6 @@ soak: install
 # versions are the ones of the README's figures.
 bench-peers: install .venv-peers/installed
 	$(bin)/python bench/bench.py --peers .venv-peers/bin/gunicorn
-	$(bin)/python bench/stores.py
 
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers

@@ -69,7 +69,7 @@ class _Redis:
                 max_connections=CONNECTIONS,
             )
             at: Any = self.client.connection_pool.make_connection()  # which connects later
-        except (ValueError, TypeError):  # their texts may quote the password
+        except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
             raise ConfigError(
                 "[shared] redis: no URL of a Redis; in a password / is written %2F, @ %40 and # %23"
             ) from None
@@ -92,7 +92,9 @@ class _Redis:
         try:
             yield self.client
         except (redis.RedisError, UnicodeError) as error:
-            self._failure = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            # Of a pipeline, without the command: it has the follower and the answer.
+            why = str(error).rpartition("of pipeline caused error: ")[2]
+            self._failure = " ".join(why.split()).rstrip(".") or type(error).__name__
             self._try_at = time.monotonic() + PAUSE
             raise self.error(self._failure) from None
         self._failure = ""
@@ -174,10 +176,10 @@ class RedisTokenStore(TokenStore):
         self._look_at = self._lock_at = 0.0
         self._lost = False
 
-    def refresh(self, stale: str) -> str:
-        """Return another token than ``stale``, as TokenStore does, of what is known just now."""
-        self._look_at = 0.0
-        return super().refresh(stale)
+    def _renew(self, stale: str = "") -> token_store._State:
+        if stale:
+            self._look_at = 0.0  # whoever refuses a token may know more than the last look
+        return super()._renew(stale)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
@@ -273,17 +275,15 @@ class RedisAnswers:
             *_, fields = ask.hgetall(key).execute()
         return self._found(key, fields)
 
-    def keep(self, name: str, parts: Parts) -> Found:
+    def keep(self, name: str, parts: Parts) -> None:
         """Leave the answer for the copies."""
         key = self._message(name)
         try:
             with self._pipeline(whole=True) as ask:  # or an answer could be there and not first
                 ask.hsetnx(key, "late", 0).expire(key, int(KEEP))
-                ask.hsetnx(key, "parts", b"".join(part + b"\0" for part in parts))
-                *_, fields = ask.hgetall(key).execute()
+                ask.hsetnx(key, "parts", b"".join(part + b"\0" for part in parts)).execute()
         finally:
             self._redis.leave(key)
-        return self._found(key, fields)
 
     def put(self, who: str, order: str, part: bytes) -> None:
         """Let a part wait for the follower, behind those of lesser ``order``."""

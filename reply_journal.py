@@ -64,7 +64,7 @@ class _File:
             size, end = PAGE, self._end
             while len(data := os.pread(self._fd, size, end)) == size:
                 size *= 4
-            with self._lock:  # held by no thread that has let go of the interpreter
+            with self._lock:  # held during no system call
                 if self._end == end:
                     self._end = end + data.rfind(b"\2") + 1
                     return self._take(data)
@@ -109,7 +109,7 @@ class Journal:
     poll = 0.03
 
     def __init__(self, folder: Path, keep: float = KEEP) -> None:
-        self._folder, self._late, self._keep = str(folder), str(folder / "late"), keep
+        self._folder, self._late_folder, self._keep = str(folder), str(folder / "late"), keep
         self._files: list[_File] = []  # all but the last are closed
         self._waiting: set[bytes] = set()  # followers for whom there may be something
         self._process, self._flock = b"", -1
@@ -156,7 +156,7 @@ class Journal:
 
     def put(self, who: str, order: str, part: bytes) -> None:
         """Let a part wait for the follower, behind those of lesser ``order``."""
-        folder = f"{self._late}/{who}"
+        folder = f"{self._late_folder}/{who}"
         new, path = f"{folder}/.{order}", f"{folder}/{order}"
         while True:
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -178,10 +178,9 @@ class Journal:
     @contextlib.contextmanager
     def waiting(self, who: str) -> Iterator[bytes | None]:
         """Yield the first part that waits for the follower; it is gone when the block succeeds."""
-        folder = f"{self._late}/{who}"
-        self._waiting.discard(
-            who.encode()
-        )  # before the look: whoever puts a part there adds it then
+        folder = f"{self._late_folder}/{who}"
+        # Before the look, for whoever puts a part there adds the follower after that.
+        self._waiting.discard(who.encode())
         names = sorted(name for name in _list(folder) if name[0] != ".")
         if names:
             self._waiting.add(who.encode())
@@ -222,10 +221,16 @@ class Journal:
         with self._lock:
             if not self._process:
                 name = f"process.{os.getpid()}.{time.time_ns()}"
+                path = f"{self._folder}/{name}"
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                self._flock = _open(f"{self._folder}/{name}", os.O_CREAT | os.O_EXCL)
-                fcntl.flock(self._flock, fcntl.LOCK_EX)
-                self._process = name.encode()
+                fd = _open(path, os.O_CREAT | os.O_EXCL)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                except OSError:
+                    os.close(fd)
+                    os.unlink(path)
+                    raise
+                self._process, self._flock = name.encode(), fd
             return self._process
 
     def _lives(self, owner: bytes) -> bool:
@@ -259,7 +264,7 @@ class Journal:
             return False
         file.append(b">", key, b"%b %b" % (owner, dead))
         file.read()
-        return file.owners[key] == owner
+        return file.owners[key] == owner and key not in file.answers  # given just before its death
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
@@ -268,19 +273,23 @@ class Journal:
         return None
 
     def _last(self) -> _File:
-        return (self._files or self._open_all())[-1]
+        if not self._files:
+            with self._lock:  # two who open them would not see what the other one reads
+                return (self._files or self._open_all())[-1]
+        return self._files[-1]
 
     def _open_all(self) -> list[_File]:
         """Open the files that are there, or the first one, and read them."""
         with self._lock:
-            self._waiting.update(name.encode() for name in _list(self._late))
+            self._waiting.update(map(str.encode, _list(self._late_folder)))
             files, numbers = [], sorted(self._numbers()) or [1]
             for number in numbers:
                 files.append(file := self._open(number, os.O_CREAT))
                 file.read()
-                if number != numbers[-1]:
-                    file.closed = file.opened
-                elif file.next:
+                if not file.next:  # a later one is not in use yet
+                    break
+                file.closed = file.opened
+                if number == numbers[-1]:
                     numbers.append(file.next)
             self._files = files
         return files
@@ -309,13 +318,17 @@ class Journal:
             if time.monotonic() - file.opened <= self._keep / 2:
                 return
             os.makedirs(self._folder, mode=0o700, exist_ok=True)  # whoever removed it
+            if not os.path.exists(f"{self._folder}/{self._process.decode()}"):
+                self._die()  # as it looks to the others; the next run begins a new one
             number = max(self._numbers(), default=0)
-            if number <= file.number:  # else the folder was emptied, and somebody began anew
+            if number <= file.number:  # else it is there: its maker was killed, or began anew
                 number = file.number + 1
                 self._open(number, os.O_CREAT)
             file.append(b"/", b"%d" % number, owner)
             file.read()
             self._follow(file)
+            self._waiting.clear()  # those whose part another process gave
+            self._waiting.update(map(str.encode, _list(self._late_folder)))
         if file.closer == owner:
             threading.Thread(target=self._sweep, args=(number,), daemon=True).start()
 
@@ -327,16 +340,18 @@ class Journal:
             with contextlib.suppress(OSError):  # somebody else was quicker
                 if os.stat(path).st_mtime >= before:
                     continue
-                if kind == "journal" and int(number) < last:
+                if kind == "journal" and number.isdecimal() and int(number) < last:
                     os.unlink(path)
                 elif kind == "process":
                     fd = _open(path)
-                    if _lock(fd):
-                        os.unlink(path)
-                    _unlock(fd)
+                    try:
+                        if _lock(fd):
+                            os.unlink(path)
+                    finally:
+                        _unlock(fd)
         before = time.time() - KEEP_LATE
-        for who in _list(self._late):
-            folder = f"{self._late}/{who}"
+        for who in _list(self._late_folder):
+            folder = f"{self._late_folder}/{who}"
             with contextlib.suppress(OSError):
                 if os.stat(folder).st_mtime < before:  # of its newest name
                     for name in os.listdir(folder):
@@ -344,7 +359,8 @@ class Journal:
                     os.rmdir(folder)
 
     def _numbers(self) -> list[int]:
-        return [int(name[8:]) for name in _list(self._folder) if name[:8] == "journal."]
+        names = (name[8:] for name in _list(self._folder) if name[:8] == "journal.")
+        return [int(number) for number in names if number.isdecimal()]
 
 
 def _list(folder: str) -> list[str]:
@@ -367,8 +383,10 @@ def _lock(fd: int) -> bool:
 
 
 def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
-    os.close(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
+    finally:
+        os.close(fd)
 
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()

@@ -143,7 +143,8 @@ class TokenService:
             if fields.get("force_refresh"):
                 return self._store.lease(token)
         except TokenError as error:
-            log.warning("%s gets the old access_token: %s", who, error)
+            why = "one was forced within 30 s" if error.errcode == 40001 else error
+            log.warning("%s gets the old access_token: %s", who, why)
         else:
             if self._is_dead(token):
                 return self._store.lease(token)

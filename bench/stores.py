@@ -14,6 +14,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ def redis_server(folder: Path) -> Iterator[str]:
     process = subprocess.Popen(["redis-server", *arguments], stdout=subprocess.DEVNULL)
     try:
         while True:
+            if process.poll() is not None:
+                sys.exit("redis-server did not start")
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 break

@@ -344,6 +344,35 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
     assert err == ""
 
 
+def test_what_a_full_redis_refuses_stands_in_no_log(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    once = ReplyOnce(RedisAnswers(own_redis.url, APPID), lambda _: WAIT)
+
+    def run() -> list[bytes]:
+        own_redis.ask("CONFIG", "SET", "maxmemory", "1")
+        return [b"first secret", b"second secret"]
+
+    assert once.answer(message(1, "alice"), run) == b"first secret"
+    assert "used memory" in caplog.text
+    assert "secret" not in caplog.text
+    assert "alice" not in caplog.text
+
+
+def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
+    redis_url: str, fake_api: FakeApi
+) -> None:
+    one, other = (
+        RedisTokenStore(redis_url, APPID, APPSECRET, api_base=fake_api.base) for _ in "12"
+    )
+    first = one.get()
+    time.sleep(redis_store.LOOK)
+    assert other.get() == first
+    second = one.refresh(first)
+    with pytest.raises(TokenError, match="refuses"):  # two in 30 s; but not the first again
+        other.lease(second)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -352,6 +381,7 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
         "redis://:pass#word@h",
         "redis://h:99999",
         "redis://h?passwort=word",
+        "redis://h?protocol=9",
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:

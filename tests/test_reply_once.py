@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -496,6 +496,64 @@ def test_copies_that_race_while_files_are_turned_and_swept_are_one_run(
     assert outputs == [("", "")] * 4
     assert sorted(map(int, (tmp_path / "runs").read_text().split())) == list(range(600))
     assert len(files(folder)) < 10
+
+
+def test_threads_that_are_the_first_of_a_process_see_one_journal(tmp_path: Path) -> None:
+    together = Barrier(8)
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(40):
+            journal = Journal(tmp_path / str(number))
+
+            def claim(name: str, journal: Journal = journal) -> None:
+                together.wait()
+                journal.come(name, "somebody")
+                journal.keep(name, [b"a"])
+
+            names = [f"message{n}" for n in range(8)]
+            list(threads.map(claim, names))
+            other = Journal(tmp_path / str(number))
+            assert [other.come(name, "somebody").parts for name in names] == [[b"a"]] * 8
+
+
+def test_an_owner_that_answers_and_dies_at_once_is_not_run_again(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer comes, and its lock goes, after a copy has read the journal."""
+    slow = OWNER.replace("time.sleep(60)", "sys.stdin.readline(); return [b'answer']")
+    owner = run("-c", slow, str(folder), str(ROOT / "tests"))
+    assert owner.stdout.readline() == "running\n"
+    journal, bot = Journal(folder), Counted(b"again")
+    lives = journal._lives
+
+    def slowly(owners: bytes) -> bool:
+        if owner.poll() is None:
+            owner.communicate("\n")
+        return lives(owners)
+
+    monkeypatch.setattr(journal, "_lives", slowly)
+    assert ReplyOnce(journal, lambda _: WAIT).answer(message(), bot) == b"answer"
+    assert bot.runs == 0
+
+
+def test_a_file_whose_maker_was_killed_before_it_was_used_divides_nobody(folder: Path) -> None:
+    old, bot = make(folder), Counted(b"a")
+    old.answer(message(1), bot)
+    (folder / "journal.2").touch()
+    new = make(folder)
+    for number in (2, 3):
+        assert [each.answer(message(number), bot) for each in (old, new)] == [b"a"] * 2
+    assert bot.runs == 3
+
+
+@pytest.mark.parametrize("name", ["journal.1~", "journal.2.gz", "journal.", "notes"])
+def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
+    folder.mkdir()
+    (folder / name).write_text("notes")
+    once, bot = make(folder), Counted(b"a")
+    assert [once.answer(message(), bot) for _ in range(2)] == [b"a"] * 2
+    turn(folder, folder / "journal.1")
+    assert bot.runs == 1
+    assert (folder / name).exists()
 
 
 def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path) -> None:
