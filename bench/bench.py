@@ -289,7 +289,7 @@ def in_process(rounds: int) -> None:
         print(f"{name:24}{statistics.median(results):8.1f}{min(results):8.1f}")
 
 
-async def slow_replies(server: Server, followers: int = 60, seconds: int = 12) -> list[str]:
+async def slow_replies(server: Server, followers: int, seconds: int = 12) -> list[str]:
     """Let followers ask at once for what takes long, and somebody else for what does not."""
     to = wxsim_wire.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
     tries: Counter[int] = Counter()
@@ -331,6 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="default: 12")
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, default: 0.2")
+    parser.add_argument("--followers", type=int, default=60, help="who ask at once, default: 60")
     parser.add_argument("--peers", type=Path, help="a gunicorn beside WeRoBot, wechatpy and Flask")
     arguments = parser.parse_args()
     in_process(arguments.rounds)
@@ -339,7 +340,7 @@ def main() -> None:
         os.environ["RUNS"] = str(Path(folder) / "runs")
         own = Path(sys.executable).with_name("gunicorn")
         with serve(ONCE, "slow", own, str(HERE), Path(folder)) as server:
-            print("\n" + "\n".join(asyncio.run(slow_replies(server))))
+            print("\n" + "\n".join(asyncio.run(slow_replies(server, arguments.followers))))
 
 
 if __name__ == "__main__":

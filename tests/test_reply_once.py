@@ -294,7 +294,7 @@ def test_a_killed_owner_frees_the_message_and_the_copy_that_waits_runs_it_again(
 def test_a_child_of_reply_that_outlives_the_killed_owner_holds_nothing(
     folder: Path, run: Run
 ) -> None:
-    forking = OWNER.replace("time.sleep(60)", "os.fork(); print(0, flush=True); time.sleep(60)")
+    forking = OWNER.replace("time.sleep(60)", "os.fork(); os.write(1, b'0\\n'); time.sleep(60)")
     owner = run("-c", "import os" + forking, str(folder), str(ROOT / "tests"))
     assert [owner.stdout.readline() for _ in range(3)] == ["running\n", "0\n", "0\n"]
     os.kill(owner.pid, signal.SIGKILL)
