@@ -7,10 +7,13 @@ other processes. A record begins with NUL and ends with STX; one that is torn is
 
     ? NAME OWNER       a copy of the message has come, and is its owner if it has none
     > NAME OWNER DEAD  its owner was DEAD, and has died
-    ! NAME             the follower was told to wait: an answer from here on is late
-    = NAME PARTS       the answer, its parts divided by SOH
     + FOLLOWER         a part of an answer waits for the follower, in a folder of its own
     / NEXT OWNER       the end: a message that is not here yet has its place in file NEXT
+
+Beside it is a file of answers, which only they read who have another copy of a message:
+
+    = NAME PARTS       the answer, its parts divided by SOH
+    ! NAME             the follower was told to wait: an answer from here on is late
 
 XML can hold none of these three characters. An owner is a run of ``reply()`` in a process, and each
 process holds the flock of a file of its own as long as it lives.
@@ -28,68 +31,79 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from reply_once import KEEP, KEEP_LATE, Found, Parts
 
-PAGE = 4096  # bytes that are read at first; there are seldom more
+PAGE = 1024  # bytes that are read at first; there are seldom more
 
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-class _File:
-    """One file of the journal, and what this process has read of it."""
+class _Records:
+    """A file of records, and how far this process has read it."""
 
-    def __init__(self, path: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
-        self.number, self.opened = number, time.monotonic()
-        # By the names of messages; most have an owner and an answer alone.
-        self.owners: dict[bytes, bytes] = {}
-        self.answers: dict[bytes, bytes] = {}
-        self._copies: Counter[bytes] = Counter()  # after the first
-        self._late: set[bytes] = set()
-        self.next, self.closer, self.closed = 0, b"", math.inf
-        self._waiting, self._end, self._lock = waiting, 0, threading.Lock()
+    def __init__(self, path: str, flags: int, take: Callable[[bytes, bytes, bytes], None]) -> None:
+        self._take, self._end, self._lock = take, 0, threading.Lock()
         self._fd = _open(path, flags)
         weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
 
     def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
-        record = b"\0%b %b %b\2" % (kind, name, rest)
+        record = b"".join((b"\0", kind, b" ", name, b" ", rest, b"\2"))
         if os.write(self._fd, record) < len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self) -> None:
-        """Read what was appended since the last time."""
+        """Take what was appended since the last time."""
         while True:
             size, end = PAGE, self._end
             while len(data := os.pread(self._fd, size, end)) == size:
                 size *= 4
             with self._lock:  # held during no system call
                 if self._end == end:
-                    self._end = end + data.rfind(b"\2") + 1
-                    return self._take(data)
+                    *records, torn = data.split(b"\2")
+                    self._end = end + len(data) - len(torn)
+                    for record in records:
+                        self._take(*record[record.rfind(b"\0") + 1 :].split(b" ", 2))
+                    return
 
-    def _take(self, data: bytes) -> None:
-        for record in data.split(b"\2")[:-1]:
-            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
-            if kind == b"?":
-                if name in self.owners:
-                    self._copies[name] += 1
-                elif not self.next:
-                    self.owners[name] = rest
-            elif kind == b"=":
-                self.answers.setdefault(name, rest)
-            elif kind == b"!":
-                if name not in self.answers:
-                    self._late.add(name)
-            elif kind == b">":
-                owner, _, dead = rest.partition(b" ")
-                if self.owners.get(name) == dead:
-                    self.owners[name] = owner
-            elif kind == b"+":
-                self._waiting.add(name)
-            elif kind == b"/" and not self.next:
-                self.next, self.closer = int(name), rest
+
+class _File:
+    """One file of the journal and its answers: what this process has read of them."""
+
+    def __init__(self, folder: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
+        self.number, self.opened = number, time.monotonic()
+        self.owners: dict[bytes, bytes] = {}  # by the names of messages, as all that follow
+        self.answers: dict[bytes, bytes] = {}
+        self._copies: Counter[bytes] = Counter()  # after the first
+        self._late: set[bytes] = set()
+        self.next, self.closer, self.closed = 0, b"", math.inf
+        self._waiting = waiting
+        self.claims = _Records(f"{folder}/journal.{number}", flags, self._claim)
+        # Made after the journal, and removed after it: whoever has that one finds this one.
+        self.said = _Records(f"{folder}/answers.{number}", os.O_CREAT, self._say)
+
+    def _claim(self, kind: bytes, name: bytes, rest: bytes) -> None:
+        if kind == b"?":
+            if name in self.owners:
+                self._copies[name] += 1
+            elif not self.next:
+                self.owners[name] = rest
+        elif kind == b">":
+            owner, _, dead = rest.partition(b" ")
+            if self.owners.get(name) == dead:
+                self.owners[name] = owner
+        elif kind == b"+":
+            self._waiting.add(name)
+        elif kind == b"/" and not self.next:
+            self.next, self.closer = int(name), rest
+
+    def _say(self, kind: bytes, name: bytes, rest: bytes) -> None:
+        if kind == b"=":
+            self.answers.setdefault(name, rest)
+        elif kind == b"!" and name not in self.answers:
+            self._late.add(name)
 
     def found(self, name: bytes, mine: bool = False, waiting: bool = False) -> Found:
         """Return what is known of a message."""
@@ -132,7 +146,7 @@ class Journal:
         key = name.encode()
         if not (file := self._file_of(key)):
             return Found(0, late=True)
-        file.read()
+        file.claims.read()
         return file.found(key, self._inherit(file, key, self._owner()))
 
     def tell_late(self, name: str) -> Found:
@@ -140,8 +154,8 @@ class Journal:
         key = name.encode()
         if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
             return Found(0, late=True)
-        file.append(b"!", key)
-        file.read()
+        file.said.append(b"!", key)
+        file.said.read()
         return file.found(key)
 
     def keep(self, name: str, parts: Parts) -> None:
@@ -149,7 +163,7 @@ class Journal:
         key = name.encode()
         if file := self._file_of(key):
             try:
-                file.append(b"=", key, b"\1".join(parts))
+                file.said.append(b"=", key, b"\1".join(parts))
             except OSError:
                 self._die()  # or the copies would wait for an answer that nobody will give
                 raise
@@ -168,12 +182,12 @@ class Journal:
             except FileNotFoundError:  # somebody has just removed the empty folder
                 continue
         file = self._last()
-        file.append(b"+", who.encode())
-        file.read()
+        file.claims.append(b"+", who.encode())
+        file.claims.read()
         while file.next:
             file = self._follow(file)
-            file.append(b"+", who.encode())
-            file.read()
+            file.claims.append(b"+", who.encode())
+            file.claims.read()
 
     @contextlib.contextmanager
     def waiting(self, who: str) -> Iterator[bytes | None]:
@@ -250,8 +264,8 @@ class Journal:
         """Let a copy come, in the file that has the message or in the last one."""
         file = self._file_of(key) or self._last()
         while True:
-            file.append(b"?", key, owner)
-            file.read()
+            file.claims.append(b"?", key, owner)
+            file.claims.read()
             if key in file.owners:
                 return file
             if not file.next:
@@ -259,12 +273,14 @@ class Journal:
             file = self._follow(file)
 
     def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
-        """Make ``owner`` the owner if that of the message has died."""
+        """Look for the answer; make ``owner`` the owner if that of the message died without one."""
+        file.said.read()
         if key in file.answers or self._lives(dead := file.owners[key]):
             return False
-        file.append(b">", key, b"%b %b" % (owner, dead))
-        file.read()
-        return file.owners[key] == owner and key not in file.answers  # given just before its death
+        file.claims.append(b">", key, b"%b %b" % (owner, dead))
+        file.claims.read()
+        file.said.read()  # it may have been given just before its owner's death
+        return file.owners[key] == owner and key not in file.answers
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
@@ -285,7 +301,7 @@ class Journal:
             files, numbers = [], sorted(self._numbers()) or [1]
             for number in numbers:
                 files.append(file := self._open(number, os.O_CREAT))
-                file.read()
+                file.claims.read()
                 if not file.next:  # a later one is not in use yet
                     break
                 file.closed = file.opened
@@ -295,7 +311,7 @@ class Journal:
         return files
 
     def _open(self, number: int, flags: int = 0) -> _File:
-        return _File(f"{self._folder}/journal.{number}", number, self._waiting, flags)
+        return _File(self._folder, number, self._waiting, flags)
 
     def _follow(self, file: _File) -> _File:
         """Return the last file, after ``file`` was closed."""
@@ -305,7 +321,7 @@ class Journal:
                     following = self._open(file.next)
                 except FileNotFoundError:  # this process has slept, and it is gone by now
                     return self._open_all()[-1]
-                following.read()
+                following.claims.read()
                 file.closed = now = following.opened
                 files = [each for each in self._files if now - each.closed < self._keep]
                 self._files = [*files, following]
@@ -324,8 +340,8 @@ class Journal:
             if number <= file.number:  # else it is there: its maker was killed, or began anew
                 number = file.number + 1
                 self._open(number, os.O_CREAT)
-            file.append(b"/", b"%d" % number, owner)
-            file.read()
+            file.claims.append(b"/", b"%d" % number, owner)
+            file.claims.read()
             self._follow(file)
             self._waiting.clear()  # those whose part another process gave
             self._waiting.update(map(str.encode, _list(self._late_folder)))
@@ -335,13 +351,14 @@ class Journal:
     def _sweep(self, last: int) -> None:
         """Remove what is old: files before the last one, of dead processes, and what waits."""
         before = time.time() - self._keep
-        for name in _list(self._folder):
+        for name in sorted(_list(self._folder), reverse=True):  # a journal before its answers
             path, (kind, _, number) = f"{self._folder}/{name}", name.partition(".")
             with contextlib.suppress(OSError):  # somebody else was quicker
                 if os.stat(path).st_mtime >= before:
                     continue
-                if kind == "journal" and number.isdecimal() and int(number) < last:
-                    os.unlink(path)
+                if kind in ("journal", "answers") and number.isdecimal() and int(number) < last:
+                    if kind == "journal" or not os.path.exists(f"{self._folder}/journal.{number}"):
+                        os.unlink(path)
                 elif kind == "process":
                     fd = _open(path)
                     try:

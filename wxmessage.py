@@ -21,14 +21,12 @@ MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far be
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A field as WeChat writes nearly all: its text needs no decoding and has nothing that is special.
-# Or the rest, once something is no such field: it is looked at no further.
+# A field as WeChat writes nearly all, whose text needs no decoding. Or the rest, once something is
+# no such field: it is looked at no further.
 _FIELD = re.compile(
     r"[\t\n ]*<([A-Za-z_]\w*)>(?:<!\[CDATA\[([^]]*)\]\]>|([^]<&]*))</\1>[\t\n ]*|.+",
     re.ASCII | re.DOTALL,
 )
-# What XML forbids becomes NUL, and so does CR, which it changes.
-_SPECIAL = bytes(byte if byte >= 32 or byte in b"\t\n" else 0 for byte in range(256))
 
 
 class MessageError(ValueError):
@@ -53,22 +51,17 @@ def _flat(body: bytes) -> Message | None:
 
     It reads what ``_tree`` reads, at a third of the cost.
     """
-    if b"\0" in body.translate(_SPECIAL):
-        return None
     try:
         text = body.decode().strip("\t\n ")
     except UnicodeDecodeError:
         return None
-    if "\ufffe" in text or "\uffff" in text:
-        return None
     if not (text.startswith("<xml>") and text.endswith("</xml>")):
         return None
-    message: Message = {}
-    for name, cdata, bare in _FIELD.findall(text, len("<xml>"), len(text) - len("</xml>")):
-        if not name or name in message:
-            return None
-        message[name] = cdata or bare
-    return message
+    fields = _FIELD.findall(text, len("<xml>"), len(text) - len("</xml>"))
+    message = {name: cdata or bare for name, cdata, bare in fields}
+    if "" in message or len(message) < len(fields):
+        return None
+    return message if "".join(message.values()).isprintable() else None  # XML may forbid the rest
 
 
 def _tree(body: bytes) -> Message:
@@ -172,8 +165,8 @@ def check(message: Message) -> None:
             raise MessageError(f"no {name}")
 
 
-def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[Message]:
-    """Make the whole answer to ``message`` from what ``reply()`` returned.
+def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[bytes]:
+    """Write the whole answer to ``message`` from what ``reply()`` returned.
 
     A str is a text reply, None and an empty text are no reply: the list is empty. A text over
     ``MAX_TEXT`` bytes is cut between characters and ends in "…", or goes on in other messages.
@@ -192,6 +185,8 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
     """
     if reply is None:
         return []
+    if isinstance(reply, str) and (usual := _usual(message, reply, now)):
+        return [usual]
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
@@ -215,7 +210,23 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[M
         "CreateTime": int(now),
     }
     whole = {**whole, **fields, **whole}  # these three first, and never the reply's own
-    return [{**whole, "Content": part} for part in texts] or [whole]
+    return [to_xml({**whole, "Content": part}) for part in texts] or [to_xml(whole)]
+
+
+def _usual(message: Message, content: str, now: float) -> bytes | None:
+    """Write the usual answer, a short text with nothing to escape; None for any other.
+
+    It writes what ``to_xml`` writes, at a third of the cost.
+    """
+    follower, account = message["FromUserName"], message["ToUserName"]
+    all_texts = follower + account + content
+    if not all_texts.isprintable() or "]]>" in all_texts or not 0 < len(content) <= MAX_TEXT / 4:
+        return None
+    return (
+        f"<xml><ToUserName><![CDATA[{follower}]]></ToUserName><FromUserName><![CDATA[{account}]]>"
+        f"</FromUserName><CreateTime>{int(now)}</CreateTime><MsgType><![CDATA[text]]></MsgType>"
+        f"<Content><![CDATA[{content}]]></Content></xml>"
+    ).encode()
 
 
 def _split(content: str, more: str) -> list[str]:

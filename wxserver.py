@@ -53,6 +53,11 @@ _USUAL = re.compile(
     "(?:&encrypt_type=(?P<encrypt_type>aes)&msg_signature=(?P<msg_signature>[0-9a-f]{40}))?"
 )
 _METHODS = ("GET", "POST")
+# The body of an encrypted message as WeChat writes it.
+_ENVELOPE = re.compile(
+    rb"\s*<xml>\s*<ToUserName><!\[CDATA\[[^]]*\]\]></ToUserName>"
+    rb"\s*<Encrypt><!\[CDATA\[([^]]*)\]\]></Encrypt>\s*</xml>\s*"
+)
 
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
@@ -221,6 +226,8 @@ def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
 
 
 def _encrypt(body: bytes) -> str:
+    if usual := _ENVELOPE.fullmatch(body):
+        return usual[1].decode("latin-1")
     encrypt = wxmessage.from_xml(body).get("Encrypt")
     if not isinstance(encrypt, str):
         raise Refused(FORBIDDEN, "the body has no Encrypt")
@@ -233,8 +240,7 @@ def _run(
     """Run ``reply()``; return the XML of its answer, in more than one part if it is too long."""
     kind = message["MsgType"]
     try:
-        answer = wxmessage.answer(message, reply(dict(message)), clock(), more)
-        return [wxmessage.to_xml(part) for part in answer]
+        return wxmessage.answer(message, reply(dict(message)), clock(), more)
     # Anything else than success would be sent again and shown as a failure; and what is no
     # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
     except BaseException:
@@ -246,7 +252,7 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
     import reply_once
 
     def please_wait(message: Message) -> bytes:
-        return wxmessage.to_xml(wxmessage.answer(message, config.late_text, clock())[0])
+        return wxmessage.answer(message, config.late_text, clock())[0]
 
     push = typing = None
     if config.late == "push":

@@ -50,7 +50,9 @@ def sealed(
     encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(xml)
     signature = wxcrypto.sign(token, str(timestamp), nonce, encrypt)
     query = signed(token, timestamp, nonce, encrypt_type="aes", msg_signature=signature)
-    return query, f"<xml><ToUserName>gh_1</ToUserName><Encrypt>{encrypt}</Encrypt></xml>".encode()
+    to = "<ToUserName><![CDATA[gh_1]]></ToUserName>"
+    whole = f"<xml>\n{to}\n<Encrypt><![CDATA[{encrypt}]]></Encrypt>\n</xml>"
+    return query, whole.encode()
 
 
 def message_xml(content: str = "hello", **fields: str) -> bytes:

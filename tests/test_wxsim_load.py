@@ -31,8 +31,8 @@ Bot = Callable[[Message], bytes]  # from a message to the body of the answer; b"
 
 
 def answer(message: Message, reply: Reply) -> bytes:
-    whole = wxmessage.answer(message, reply, time.time())
-    return wxmessage.to_xml(whole[0]) if whole else b"success"
+    parts = wxmessage.answer(message, reply, time.time())
+    return parts[0] if parts else b"success"
 
 
 def echo(message: Message) -> bytes:
