@@ -252,9 +252,9 @@ class TokenStore:
             fields["stale_token"] = stale
         force = {"force_refresh": True} if stale else {}
         if self._endpoint == "token":
-            answer = fetch_json(f"{url}?{urlencode(fields)}", None, self._appsecret)
+            answer = fetch_json(f"{url}?{urlencode(fields)}", None, self._appsecret, TIMEOUT)
         else:
-            answer = fetch_json(url, {**fields, **force}, self._appsecret)
+            answer = fetch_json(url, {**fields, **force}, self._appsecret, TIMEOUT)
         token, expires_in = answer.get("access_token"), answer.get("expires_in")
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise ApiError("WeChat's answer has no access_token")
@@ -338,7 +338,7 @@ def _bytes(state: _State) -> bytes:
 
 
 def fetch_json(
-    url: str, payload: dict[str, Any] | None, secret: str, timeout: float = 0
+    url: str, payload: dict[str, Any] | None, secret: str, timeout: float
 ) -> dict[str, Any]:
     """GET ``url``, or POST ``payload`` to it as JSON; return the JSON object that comes back.
 
@@ -346,19 +346,18 @@ def fetch_json(
         url: never shown in an error, since it may hold a secret.
         payload: None for GET.
         secret: what must not stand in an error, whoever wrote it there.
-        timeout: seconds for all of it, by default ``TIMEOUT``.
+        timeout: seconds for all of it.
 
     Raises:
         ApiError: an errcode; or nothing, an HTTP error or no JSON object in ``timeout`` seconds.
         TypeError, ValueError: ``payload`` cannot be JSON in UTF-8.
     """
-    timeout = timeout or TIMEOUT
     # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \u escapes.
     data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
     host = url.partition("://")[2].partition("/")[0]
     results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
     # A thread, for neither DNS nor a dripping server heeds a socket's timeout.
-    threading.Thread(target=_exchange, args=(url, data, results), daemon=True).start()
+    threading.Thread(target=_exchange, args=(url, data, timeout, results), daemon=True).start()
     try:
         result = results.get(timeout=timeout)
     except queue.Empty:
@@ -385,10 +384,12 @@ def fetch_json(
     return answer
 
 
-def _exchange(url: str, data: bytes | None, results: queue.SimpleQueue[bytes | Exception]) -> None:
+def _exchange(
+    url: str, data: bytes | None, timeout: float, results: queue.SimpleQueue[bytes | Exception]
+) -> None:
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with _opener().open(request, timeout=TIMEOUT) as response:
+        with _opener().open(request, timeout=timeout) as response:
             results.put(response.read(LARGEST_ANSWER))
     except Exception as error:  # noqa: BLE001  the caller sorts them out
         if isinstance(error, urllib.error.HTTPError):

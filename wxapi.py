@@ -102,7 +102,8 @@ class Api:
             path if path.startswith("/") else f"/cgi-bin/{path}", safe="/?&=%+,:@", errors="replace"
         )
         url = f"{self._api_base}{path}{'&' if '?' in path else '?'}"
-        return token_store.fetch_json(url + urlencode({"access_token": token}), body, token)
+        url += urlencode({"access_token": token})
+        return token_store.fetch_json(url, body, token, token_store.TIMEOUT)
 
 
 def _lowered(fields: dict[str, Any]) -> dict[str, Any]:
