@@ -15,7 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import APPID, KEY, TOKEN, message_xml
+from conftest import APPID, KEY, TOKEN, message_xml, skip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -206,7 +206,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         subprocess.run(command, check=True, capture_output=True)
     except FileNotFoundError:
-        pytest.skip("needs openssl")
+        skip("needs openssl")
     path.write_text(key.read_text() + path.read_text())
     return path
 
