@@ -140,7 +140,11 @@ _KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
     },
     # Every key is the name of a client. Its secret is an AppSecret to the client, and goes into
     # URLs, which not every SDK escapes.
-    "central": {"NAME": _text("[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits")},
+    "central": {
+        "NAME": _text(
+            "[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits: NAME = SECRET"
+        )
+    },
     "shared": {
         "redis": _text("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty"),
     },
@@ -174,7 +178,7 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
         if section not in _KEYS:
             raise ConfigError(f"{path}: unknown section [{section}]; there are {_list(_KEYS)}")
         for key, value in entries.items():
-            where = f"{path}: [{section}] {key}"
+            where = f"{path}: {_where(section, key)}"
             if section == "central":
                 if not re.fullmatch(_CLIENT, key, re.ASCII):
                     raise ConfigError(f"{where}: a client's name has letters, digits, _ . or -")
@@ -207,7 +211,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     except configparser.DuplicateSectionError as error:
         raise ConfigError(f"{path}: [{error.section}] is there twice") from None
     except configparser.DuplicateOptionError as error:
-        raise ConfigError(f"{path}: [{error.section}] {error.option} is there twice") from None
+        raise ConfigError(f"{path}: {_where(error.section, error.option)} is there twice") from None
     # The texts of these two would quote the line, which may hold a secret.
     except configparser.MissingSectionHeaderError as error:
         line = error.lineno
@@ -216,6 +220,11 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         line = error.errors[0][0]
         raise ConfigError(f"{path}: line {line} is neither [section] nor key = value") from None
     return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def _where(section: str, key: str) -> str:
+    # A key as long as a secret may be one: SECRET = NAME, the wrong way round.
+    return f"[{section}] {'NAME' if section == 'central' and len(key) >= 16 else key}"
 
 
 def _convert(section: str, key: str, value: str, where: str) -> Any:

@@ -187,6 +187,7 @@ def test_a_wrong_file_is_an_error_that_says_where_and_what_is_allowed(
         "[wechat\ns3cr!t",
         "[central]\nshop = s3cr!t",
         "[shared]\nredis = redis:/s3cr!t",
+        "[central]\ns3cr!ts3cr!ts3cr!t = shop",
     ],
 )
 def test_no_error_shows_a_secret(tmp_path: Path, line: str) -> None:
@@ -196,6 +197,23 @@ def test_no_error_shows_a_secret(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match="environment: WX_APPSECRET") as caught:
         load(ini(tmp_path, ""), {"WX_APPSECRET": "s3cr!t"})
     assert "s3cr!t" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        (f"{'5' * 16} = shop", "must be a secret of 16 to 128 letters and digits: NAME = SECRET"),
+        (f"{'5' * 65} = shop", "a client's name has letters, digits, _ . or -"),
+        (f"{'5' * 16} = shop\n{'5' * 16} = reports", "is there twice"),
+    ],
+)
+def test_a_secret_in_the_place_of_its_clients_name_is_not_shown(
+    tmp_path: Path, lines: str, error: str
+) -> None:
+    path = ini(tmp_path, f"{ACCOUNT}[central]\n{lines}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert re.fullmatch(rf"{path}: \[central\] NAME:? {error}", str(caught.value))
 
 
 def test_the_environments_redis_wins_and_no_error_shows_it(tmp_path: Path) -> None:
