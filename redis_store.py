@@ -17,12 +17,14 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
 
 import token_store
 from reply_once import KEEP, KEEP_LATE, Found, Parts
@@ -47,6 +49,8 @@ LEASE = 3.0  # seconds until the lock of a dead process is free; renewed three t
 LOOK = 0.1  # seconds between two looks, at the token or for an answer
 CONNECTIONS = 1024  # more than a process has threads; redis-py's own limit may be less
 
+_OPTION = re.compile("db|username|password|ssl_.*")
+
 log = logging.getLogger("redis_store")
 
 
@@ -59,6 +63,9 @@ class _Redis:
 
     def __init__(self, url: str) -> None:
         try:
+            # redis-py lets every option of the URL win over those below.
+            if not all(map(_OPTION.fullmatch, parse_qs(urlsplit(url).query))):
+                raise ValueError
             # No retries: they take their time, and a copy of a message must not count twice.
             self.client: Any = redis.Redis.from_url(
                 url,
@@ -71,7 +78,8 @@ class _Redis:
             at: Any = self.client.connection_pool.make_connection()  # which connects later
         except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
             raise ConfigError(
-                "[shared] redis: no URL of a Redis; in a password / is written %2F, @ %40 and # %23"
+                "[shared] redis: no URL of a Redis, or with another option than db, username,"
+                " password and ssl_…; in a password / is written %2F, ? %3F, @ %40 and # %23"
             ) from None
         self.where = f"Redis at {getattr(at, 'path', '') or f'{at.host}:{at.port}'}"
         self._failure, self._try_at = "", 0.0

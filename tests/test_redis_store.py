@@ -382,12 +382,25 @@ def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
         "redis://h:99999",
         "redis://h?passwort=word",
         "redis://h?protocol=9",
+        "redis://h?decode_responses=true",
+        "redis://h?db=1&socket_timeout=60",
+        "redis://h?retry_on_timeout=true",
+        "redis://h?max_connections=1",
+        "unix:///run/redis.sock?encoding=password",
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[shared\] redis: no URL") as caught:
         redis_store.check(wxconfig.Config(appid=APPID, redis=url))
     assert "word" not in str(caught.value).replace("password", "")
+
+
+def test_a_url_may_say_the_database_who_asks_and_how_tls_is_checked(redis_url: str) -> None:
+    base = redis_url.removesuffix("/0")
+    RedisAnswers(f"{base}?db=1&username=default", APPID).come("a", "b")
+    assert RedisAnswers(redis_url, APPID).come("a", "b").copies == 1
+    assert RedisAnswers(f"{base}/1", APPID).come("a", "b").copies == 2
+    RedisAnswers("rediss://h?password=p4ss&ssl_cert_reqs=none&ssl_check_hostname=no", APPID)
 
 
 def test_a_password_is_used_and_a_wrong_one_is_named_without_being_shown() -> None:
