@@ -110,37 +110,37 @@ class _Redis:
     def error(self, why: str) -> OSError:
         return OSError(errno.EIO, why, self.where)
 
-    def lock(self, name: str) -> bool:
-        """Try once for the lock of ``name``, which dies with this process."""
+    def lock(self, name: str) -> Lock | None:
+        """Try once for the lock of ``name``, which dies with this process; None: it is taken."""
         if name in self._held:
-            return False
+            return None
         lock = Lock(self.client, f"{name}.lock", timeout=LEASE, thread_local=False)
         with self.asked():
             if not lock.acquire(blocking=False):
-                return False
+                return None
         with self._mutex:
             self._held[name] = lock
             if not self._renewing:
                 with contextlib.suppress(RuntimeError):  # too many threads: it lasts for LEASE
                     threading.Thread(target=self._renew, daemon=True).start()
                     self._renewing = True
-        return True
+        return lock
 
-    def has(self, name: str) -> bool:
-        """Tell whether the lock is still this process's: it may have slept for too long."""
-        lock = self._held.get(name)
+    def has(self, lock: Lock) -> bool:
+        """Tell whether the lock is still the caller's: this process may have slept for too long."""
         with self.asked():
-            return lock is not None and lock.owned()
+            return bool(lock.owned())
 
     def leave(self, name: str) -> None:
         """Let the lock end by itself."""
         self._held.pop(name, None)
 
-    def unlock(self, name: str) -> None:
+    def unlock(self, name: str, lock: Lock) -> None:
         """Let the next one have the lock at once, if Redis is there."""
-        if lock := self._held.pop(name, None):
-            with contextlib.suppress(OSError), self.asked(), contextlib.suppress(LockError):
-                lock.release()
+        if self._held.get(name) is lock:  # else it was lost, and may be another thread's now
+            self.leave(name)
+        with contextlib.suppress(OSError), self.asked(), contextlib.suppress(LockError):
+            lock.release()
 
     def _renew(self) -> None:
         while True:
@@ -183,6 +183,7 @@ class RedisTokenStore(TokenStore):
         self._path = self._redis.where  # for what is said of it
         self._look_at = self._lock_at = 0.0
         self._lost = False
+        self._own = threading.local()  # its lock is the one that the thread has
 
     def _renew(self, stale: str = "") -> token_store._State:
         if stale:
@@ -194,7 +195,8 @@ class RedisTokenStore(TokenStore):
         if time.monotonic() < self._lock_at:
             yield False
             return
-        if not self._redis.lock(self._name):
+        lock = self._own.lock = self._redis.lock(self._name)
+        if not lock:
             self._lock_at = time.monotonic() + LOOK  # for all threads that wait for it
             yield False
             return
@@ -202,11 +204,11 @@ class RedisTokenStore(TokenStore):
             self._look()
             yield True
         finally:
-            self._redis.unlock(self._name)
+            self._redis.unlock(self._name, lock)
 
     def _write(self, state: token_store._State) -> None:
-        if not self._redis.has(self._name):
-            raise self._redis.error("the lock was lost to another process")
+        if not self._redis.has(self._own.lock):
+            raise self._redis.error("the lock was lost")
         data, life = token_store._bytes(state), max(self._left(state), 0) + 2 * LONGEST_WAIT
         with self._redis.asked() as client:
             client.set(self._name, data, px=int(life * 1000))
@@ -258,7 +260,7 @@ class RedisAnswers:
     def come(self, name: str, who: str) -> Found:
         """Count a copy, and make the message its own if it is nobody's or its owner has died."""
         key = self._message(name)
-        mine = self._redis.lock(key)
+        mine = self._redis.lock(key) is not None
         with self._pipeline(key if mine else "") as ask:
             ask.hincrby(key, "copies", 1).expire(key, int(KEEP)).exists(self._waiting(who))
             _, _, waiting, fields = ask.hgetall(key).execute()
@@ -269,7 +271,7 @@ class RedisAnswers:
         key = self._message(name)
         with self._pipeline() as ask:
             fields, locked = ask.hgetall(key).exists(f"{key}.lock").execute()
-        mine = b"parts" not in fields and not locked and self._redis.lock(key)
+        mine = b"parts" not in fields and not locked and self._redis.lock(key) is not None
         if mine:  # the answer may have come in between
             with self._pipeline(key) as ask:
                 [fields] = ask.hgetall(key).execute()
@@ -303,7 +305,8 @@ class RedisAnswers:
     def waiting(self, who: str) -> Iterator[bytes | None]:
         """Yield the first part that waits for the follower; it is gone when the block succeeds."""
         key = self._waiting(who)
-        if not self._redis.lock(key):
+        lock = self._redis.lock(key)
+        if not lock:
             yield None
             return
         try:
@@ -314,7 +317,7 @@ class RedisAnswers:
                 with self._redis.asked() as client:
                     client.zrem(key, first[0])
         finally:
-            self._redis.unlock(key)
+            self._redis.unlock(key, lock)
 
     def _message(self, name: str) -> str:
         return f"{self._prefix}:message:{name}"

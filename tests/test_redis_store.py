@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,28 @@ def test_a_process_that_slept_while_it_fetched_does_not_replace_a_newer_token(
     assert make(redis_url, endpoint="token").get() == token
     out, _ = sleeper.communicate("\n")
     assert out == f"{token}\n"
+
+
+def test_a_thread_that_lost_its_lock_does_not_take_another_threads_for_its_own(
+    redis_server: RedisServer, redis_url: str, make: Make, fake_api: FakeApi
+) -> None:
+    store, got = make(redis_url, endpoint="token"), list[Future[str]]()
+
+    def fetch() -> None:
+        if len(got) == 2:  # the other thread, which has the lock, waits for the first one's end
+            got[0].result()
+            return
+        redis_server.ask("DEL", f"{store._name}.lock")
+        until(lambda: not store._redis._held)
+        got.append(pool.submit(store.get))
+        until(lambda: store._redis._held)
+
+    fake_api.on_fetch = fetch
+    with ThreadPoolExecutor() as pool:
+        got.append(pool.submit(store.get))
+        got[0].result()
+    assert make(redis_url).get() == got[1].result() == fake_api.token != got[0].result()
+    assert len(fake_api.fetches) == 2
 
 
 def test_the_command_prints_the_token_of_redis(
