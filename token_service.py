@@ -143,8 +143,7 @@ class TokenService:
             if fields.get("force_refresh"):
                 return self._store.lease(token)
         except TokenError as error:
-            why = "one was forced within 30 s" if error.errcode == 40001 else error
-            log.warning("%s gets the old access_token: %s", who, why)
+            log.warning("%s gets the old access_token: %s", who, error)
         else:
             if self._is_dead(token):
                 return self._store.lease(token)

@@ -140,8 +140,8 @@ class TokenStore:
         Whoever says so first causes a fetch; all who say it later get what that fetch brought.
 
         Raises:
-            TokenError: none can be had now, or WeChat refused another one within
-                ``REFUSED_APART``; ``get`` still gives the old one as long as it should live.
+            TokenError: none can be had now, or another one was refused within ``REFUSED_APART``
+                (45011); ``get`` still gives the old one as long as it should live.
         """
         return self._renew(stale).access_token
 
@@ -162,6 +162,14 @@ class TokenStore:
             if self._is_fresh(state, left):
                 return state
             wait = self._wait(state)
+            again = REFUSED_APART - abs(self._clock() - state.refused_at)
+            if stale and stale == state.access_token and again > 0 and not wait:
+                raise TokenError(  # and nothing is written, for it holds nobody else back
+                    f"WeChat is asked for another access_token once in {REFUSED_APART:.0f} s at"
+                    f" most, so again in {math.ceil(again)} s; if it refuses even the latest,"
+                    " something else fetches tokens for this account",
+                    45011,
+                )
             if not wait and (fetched := self._try_fetch(state, stale)):
                 if not fetched.failure:
                     return fetched
@@ -217,9 +225,6 @@ class TokenStore:
     def _fetch(self, state: _State, stale: str) -> _State:
         now, uptime = self._clock(), self._uptime()  # a token's life begins before it arrives
         refused, refused_at = bool(stale) and stale == state.access_token, state.refused_at
-        if refused and abs(now - refused_at) < REFUSED_APART:
-            why = ApiError("WeChat refuses the tokens it gives; " + ADVICE[40001], 40001)
-            return self._failed(replace(state, wait=0), why)
         try:
             token, expires_in = self._ask()
             refused_at = now if refused else refused_at

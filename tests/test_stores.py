@@ -184,10 +184,25 @@ def test_tokens_that_are_refused_are_not_burned_by_any_machine(
     second = store.refresh(store.get())
     fetches = len(fake_api.fetches)
     for _ in range(5):
-        with pytest.raises(TokenError, match="refuses the tokens it gives"):
+        with pytest.raises(TokenError, match="once in 30 s"):
             shared.tokens().refresh(second)
     assert shared.tokens().get() == second
     assert len(fake_api.fetches) == fetches
+
+
+def test_whoever_refuses_two_tokens_within_30_s_is_told_so_and_holds_nobody_else_back(
+    shared: Shared, fake_api: FakeApi
+) -> None:
+    fake_api.expires_in = 20
+    store = shared.tokens()
+    second = store.refresh(store.get())
+    shared.passed += 18
+    with pytest.raises(TokenError, match=r"once in 30 s at most, so again in 1\d s") as caught:
+        store.refresh(second)
+    assert caught.value.errcode == 45011
+    assert "appsecret" not in str(caught.value)
+    shared.passed += 3
+    assert shared.tokens().get() == fake_api.token != second
 
 
 def test_near_expiry_one_fetches_and_the_others_go_on_with_the_old_token(

@@ -398,14 +398,14 @@ def test_tokens_that_are_refused_one_after_another_are_not_burned(
     fetches = len(fake_api.fetches)
     for _ in range(5):
         clock.now += 1
-        assert client.post(stale_token=second)["errcode"] == 40001
+        assert client.post(stale_token=second)["errcode"] == 45011
     assert len(fake_api.fetches) == fetches
     clock.now += 31
     assert client.post(stale_token=second)["access_token"] not in (second, None)
 
 
 def test_force_refresh_alone_refreshes_at_most_once_in_30_s(
-    client: Client, fake_api: FakeApi, clock: Clock
+    client: Client, fake_api: FakeApi, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = client.post()["access_token"]
     second = client.post(force_refresh=True)["access_token"]
@@ -415,6 +415,7 @@ def test_force_refresh_alone_refreshes_at_most_once_in_30_s(
         clock.now += 5
         assert client.post(force_refresh=True)["access_token"] == second
     assert len(fake_api.fetches) == fetches
+    assert "shop (127.0.0.1) gets the old access_token: WeChat is asked for another" in caplog.text
     clock.now += 10
     assert client.post(force_refresh=True)["access_token"] == fake_api.token != second
     for no in (False, None):
@@ -449,7 +450,7 @@ def test_a_client_that_just_asks_again_is_not_given_a_dead_token(
     fake_api.dead = errcode
     second = make().get()["access_token"]
     assert second == fake_api.token != first
-    assert make().post()["errcode"] == 40001  # that one is dead too: something is wrong
+    assert make().post()["errcode"] == 45011  # that one is dead too: something is wrong
 
 
 def test_a_client_that_just_asks_again_costs_no_good_token(
