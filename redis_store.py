@@ -214,7 +214,7 @@ class RedisTokenStore(TokenStore):
             client.set(self._name, data, px=int(life * 1000))
         self._cache = (data, state)
 
-    def _key(self) -> object:
+    def _origin(self) -> Any:
         return self._cache[0]
 
     def _read(self) -> token_store._State:

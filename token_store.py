@@ -26,6 +26,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,39 @@ class _State:
     retry_at: float = 0.0
 
 
+class _Open:
+    """The file, kept open: to see that it is still the same takes half of a look at its path."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stat = os.fstat(self.fd)
+        self._inode, self._ctime = (stat.st_dev, stat.st_ino), stat.st_ctime_ns
+        weakref.finalize(self, _close, self.fd, self._inode)  # when no thread needs it any more
+
+    def is_current(self) -> bool:
+        """Tell whether nobody has replaced, removed, renamed or changed it since it was opened."""
+        try:
+            stat = os.fstat(self.fd)
+        except OSError:
+            return False
+        return stat.st_ctime_ns == self._ctime and stat.st_nlink > 0
+
+    def is_at(self, path: str) -> bool:
+        """Tell whether it is what ``path`` leads to, for a folder may have been renamed."""
+        try:
+            stat = os.stat(path)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._inode
+
+
+def _close(fd: int, inode: tuple[int, int]) -> None:
+    with contextlib.suppress(OSError):
+        stat = os.fstat(fd)
+        if (stat.st_dev, stat.st_ino) == inode:  # else a daemon closed all, and this is another's
+            os.close(fd)
+
+
 class TokenStore:
     """Gives out the account's access_token, fetched once for every thread and process.
 
@@ -121,7 +155,7 @@ class TokenStore:
         self._appsecret, self._endpoint, self._margin = appsecret, endpoint, max(margin, 0)
         self._api_base, self._clock, self._uptime = api_base, clock, uptime
         self._nothing = _State(appid)
-        self._cache: tuple[object, _State] = (None, self._nothing)
+        self._cache: tuple[Any, _State] = (None, self._nothing)  # what it was read from, and it
 
     def get(self) -> str:
         """Return a token that is good now: from memory, the file or WeChat.
@@ -204,13 +238,13 @@ class TokenStore:
 
     def _try_fetch(self, state: _State, stale: str) -> _State | None:
         """Fetch a token, or note the failure. None: somebody else is at it, or was quicker."""
-        fetched, key = state, self._cache[0]
+        fetched, origin = state, self._cache[0]
         try:
             with self._lock() as locked:
                 if not locked or self._read() != state:
                     return None
                 self._write(state)  # proves room and rights before WeChat is asked and a token dies
-                key = self._key()
+                origin = self._origin()
                 fetched = self._fetch(state, stale)
                 self._write(fetched)
         except OSError as error:
@@ -219,7 +253,7 @@ class TokenStore:
                 fetched = self._failed(state, ApiError(failure))
             elif not fetched.failure:
                 log.error("%s; the token that was fetched is known to this process alone", failure)
-            self._cache = (key, fetched)
+            self._cache = (origin, fetched)
         return fetched
 
     def _fetch(self, state: _State, stale: str) -> _State:
@@ -278,6 +312,8 @@ class TokenStore:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
+                if (opened := self._cache[0]) and not opened.is_at(self._path):
+                    self._cache = (None, self._nothing)
             yield locked
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
@@ -296,28 +332,23 @@ class TokenStore:
 
     def _read(self) -> _State:
         """Return what the file holds. It is only ever replaced whole, so this needs no lock."""
-        key = self._key()
-        cached, state = self._cache
-        if key != cached:
-            state = self._load()
-            self._cache = (key, state)
-        return state
-
-    def _key(self) -> object:
+        before, state = self._cache
+        if before and before.is_current():
+            return state
         try:
-            stat = os.stat(self._path)
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns
-
-    def _load(self) -> _State:
-        try:
-            with open(self._path, "rb") as file:
-                return self._parse(file.read(ROOM))
-        except FileNotFoundError:
-            return self._nothing
+            opened = self._origin()
+            if opened or before:
+                state = self._parse(os.pread(opened.fd, ROOM, 0)) if opened else self._nothing
+                self._cache = (opened, state)
         except OSError as error:  # it may hold a good token all the same
             raise TokenError(f"cannot read {self._path}: {error.strerror}") from None
+        return state
+
+    def _origin(self) -> Any:
+        try:
+            return _Open(self._path)
+        except FileNotFoundError:
+            return None
 
     def _parse(self, data: bytes) -> _State:
         with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):

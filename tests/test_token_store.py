@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,19 +101,89 @@ def test_the_file_is_private_and_says_nothing_but_the_token(make: Maker, path: P
     assert APPSECRET not in path.read_text()
 
 
-def test_get_reads_memory_while_the_file_is_the_same(
-    make: Maker, path: Path, fake_api: FakeApi
-) -> None:
+opened: list[object] = []
+sys.addaudithook(lambda event, arguments: opened.append(arguments[0]) if event == "open" else None)
+
+
+def test_get_reads_memory_while_the_file_is_the_same(make: Maker, path: Path) -> None:
     store = make()
     token = store.get()
     assert store.get() == token
-    content, times = path.read_bytes(), path.stat()
-    path.write_bytes(content.replace(token[:4].encode(), b"ELSE"))  # the same inode and size
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert store.get() == token
+    opened.clear()
+    assert [store.get() for _ in range(100)] == [token] * 100
+    assert str(path) not in opened
     os.utime(path)
-    assert store.get().startswith("ELSE")
+    assert store.get() == token
+    assert str(path) in opened
+
+
+def write(path: Path, data: bytes) -> None:
+    times = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace(path: Path, data: bytes) -> None:
+    path.with_suffix(".other").write_bytes(data)
+    path.with_suffix(".other").replace(path)
+
+
+def remove(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+def rename(path: Path, data: bytes) -> None:
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [write, replace, remove, rename])
+def test_get_sees_whatever_is_done_to_the_file(
+    make: Maker, path: Path, fake_api: FakeApi, change: Callable[[Path, bytes], None]
+) -> None:
+    store = make()
+    token = store.get()
+    change(path, path.read_bytes().replace(token[:4].encode(), b"ELSE"))
+    assert store.get() == "ELSE" + token[4:]
     assert len(fake_api.fetches) == 1
+
+
+def test_a_folder_that_was_renamed_costs_nobody_a_token(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    one, other = make(endpoint="token"), make(endpoint="token")
+    old = one.get()
+    assert one.get() == old  # from the file, that is
+    path.parent.rename(path.parent.with_suffix(".old"))
+    new = other.get()
+    assert one.refresh(old) == one.get() == new != old
+    assert len(fake_api.fetches) == 2
+
+
+def test_a_file_that_is_replaced_is_kept_open_no_longer(make: Maker, path: Path) -> None:
+    store = make()
+    token, before = store.get(), set(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        replace(path, path.read_bytes())
+        assert store.get() == token
+    assert len(set(os.listdir("/proc/self/fd")) - before) < 10
+
+
+def test_what_a_daemon_opens_after_it_has_closed_all_files_stays_open(
+    make: Maker, path: Path
+) -> None:
+    token = make().get()
+    script = (
+        "import os, sys; from token_store import TokenStore;"
+        f"clocks = dict(clock=lambda: {make.clock.now}, uptime=lambda: {make.clock.up});"
+        f"store = TokenStore(sys.argv[1], {APPID!r}, 'secret', **clocks); store.get();"
+        "os.closerange(3, 99); files = [open(os.devnull) for _ in range(9)];"
+        "print(store.get()); [os.fstat(file.fileno()) for file in files]"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == (f"{token}\n", "")
 
 
 @pytest.mark.parametrize("endpoint", ["stable_token", "token"])
@@ -459,6 +529,21 @@ for _ in range(int(count)):
     except TokenError as error:
         print(error)
 """
+
+
+def test_a_place_that_cannot_be_written_is_tried_again_after_a_wait(
+    make: Maker, path: Path, clock: Clock, fake_api: FakeApi
+) -> None:
+    Path(f"{path}.new").mkdir(parents=True)  # in the way
+    store = make()
+    with pytest.raises(TokenError, match=r"cannot write .* \(next try in 5 s\)"):
+        store.get()
+    Path(f"{path}.new").rmdir()
+    clock.sleep(2)
+    with pytest.raises(TokenError, match=r"cannot write .* \(next try in 3 s\)"):
+        store.get()
+    clock.sleep(4)
+    assert store.get() == fake_api.token
 
 
 def test_a_read_only_place_is_found_out_before_wechat_is_asked(
