@@ -44,7 +44,7 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 class _Records:
     """A file of records, and how far this process has read it."""
 
-    def __init__(self, path: str, flags: int, take: Callable[[bytes, bytes, bytes], None]) -> None:
+    def __init__(self, path: str, flags: int, take: Callable[[list[bytes]], None]) -> None:
         self._take, self._end, self._lock = take, 0, threading.Lock()
         self._fd = _open(path, flags)
         weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
@@ -62,11 +62,9 @@ class _Records:
                 size *= 4
             with self._lock:  # held during no system call
                 if self._end == end:
-                    *records, torn = data.split(b"\2")
-                    self._end = end + len(data) - len(torn)
-                    for record in records:
-                        self._take(*record[record.rfind(b"\0") + 1 :].split(b" ", 2))
-                    return
+                    records = data.split(b"\2")
+                    self._end = end + len(data) - len(records.pop())
+                    return self._take(records)
 
 
 class _File:
@@ -80,30 +78,34 @@ class _File:
         self._late: set[bytes] = set()
         self.next, self.closer, self.closed = 0, b"", math.inf
         self._waiting = waiting
-        self.claims = _Records(f"{folder}/journal.{number}", flags, self._claim)
+        self.claims = _Records(f"{folder}/journal.{number}", flags, self._take_claims)
         # Made after the journal, and removed after it: whoever has that one finds this one.
-        self.said = _Records(f"{folder}/answers.{number}", os.O_CREAT, self._say)
+        self.said = _Records(f"{folder}/answers.{number}", os.O_CREAT, self._take_answers)
 
-    def _claim(self, kind: bytes, name: bytes, rest: bytes) -> None:
-        if kind == b"?":
-            if name in self.owners:
-                self._copies[name] += 1
-            elif not self.next:
-                self.owners[name] = rest
-        elif kind == b">":
-            owner, _, dead = rest.partition(b" ")
-            if self.owners.get(name) == dead:
-                self.owners[name] = owner
-        elif kind == b"+":
-            self._waiting.add(name)
-        elif kind == b"/" and not self.next:
-            self.next, self.closer = int(name), rest
+    def _take_claims(self, records: list[bytes]) -> None:
+        for record in records:
+            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
+            if kind == b"?":
+                if name in self.owners:
+                    self._copies[name] += 1
+                elif not self.next:
+                    self.owners[name] = rest
+            elif kind == b">":
+                owner, _, dead = rest.partition(b" ")
+                if self.owners.get(name) == dead:
+                    self.owners[name] = owner
+            elif kind == b"+":
+                self._waiting.add(name)
+            elif kind == b"/" and not self.next:
+                self.next, self.closer = int(name), rest
 
-    def _say(self, kind: bytes, name: bytes, rest: bytes) -> None:
-        if kind == b"=":
-            self.answers.setdefault(name, rest)
-        elif kind == b"!" and name not in self.answers:
-            self._late.add(name)
+    def _take_answers(self, records: list[bytes]) -> None:
+        for record in records:
+            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
+            if kind == b"=":
+                self.answers.setdefault(name, rest)
+            elif kind == b"!" and name not in self.answers:
+                self._late.add(name)
 
     def found(self, name: bytes, mine: bool = False, waiting: bool = False) -> Found:
         """Return what is known of a message."""
@@ -135,11 +137,15 @@ class Journal:
         """Count a copy, and make the message its own if it is nobody's or its owner has died."""
         key, owner = name.encode(), self._owner()
         file = self._claim(key, owner)
-        mine = file.owners[key] == owner or self._inherit(file, key, owner)
+        waiting = bool(self._waiting) and who.encode() in self._waiting
+        if file.owners[key] == owner:  # as nearly always
+            found = Found(1, True, waiting=waiting)
+        else:
+            found = file.found(key, self._inherit(file, key, owner), waiting)
         if time.monotonic() - file.opened > self._keep / 2:
             with contextlib.suppress(OSError, RuntimeError):  # later, then
                 self._turn(owner)
-        return file.found(key, mine, who.encode() in self._waiting)
+        return found
 
     def look(self, name: str) -> Found:
         """Look again, and make the message the caller's if its owner has died."""

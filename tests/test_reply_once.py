@@ -449,7 +449,23 @@ def test_old_files_are_swept_and_those_of_living_processes_are_not(folder: Path,
     living = own()
     turn(folder, dead)
     assert list(folder.glob(f"process.{living.pid}.*"))
-    assert len(files(folder)) < 8
+    assert len(files(folder)) < 12
+
+
+def test_answers_are_kept_as_long_as_their_journal_and_no_longer(folder: Path) -> None:
+    journal, bot, old = Journal(folder), Counted(b"a"), time.time() - 60
+    assert make(folder).answer(message(), bot) == b"a"
+    (folder / "answers.0").touch()  # whoever removed its journal was killed before it was its turn
+    for name in ("answers.0", "answers.1"):
+        os.utime(folder / name, (old, old))
+    journal._sweep(last=2)
+    assert make(folder).answer(message(), bot) == b"a"
+    assert bot.runs == 1
+    assert not (folder / "answers.0").exists()
+    for name in ("answers.1", "journal.1"):
+        os.utime(folder / name, (old, old))
+    journal._sweep(last=2)
+    assert not files(folder) & {"answers.1", "journal.1"}
 
 
 def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
@@ -495,7 +511,7 @@ def test_copies_that_race_while_files_are_turned_and_swept_are_one_run(
     outputs = [process.communicate(timeout=60) for process in processes]
     assert outputs == [("", "")] * 4
     assert sorted(map(int, (tmp_path / "runs").read_text().split())) == list(range(600))
-    assert len(files(folder)) < 10
+    assert len(files(folder)) < 15
 
 
 def test_threads_that_are_the_first_of_a_process_see_one_journal(tmp_path: Path) -> None:
@@ -545,7 +561,9 @@ def test_a_file_whose_maker_was_killed_before_it_was_used_divides_nobody(folder:
     assert bot.runs == 3
 
 
-@pytest.mark.parametrize("name", ["journal.1~", "journal.2.gz", "journal.", "notes"])
+@pytest.mark.parametrize(
+    "name", ["journal.1~", "answers.1~", "journal.2.gz", "journal.", "notes.0"]
+)
 def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("notes")
@@ -586,8 +604,9 @@ def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Pat
 def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
     before, bot = make(folder), Counted(b"a")
     assert before.answer(message(1), bot) == b"a"
-    with (folder / "journal.1").open("ab") as file:
-        file.write(torn)
+    for name in ("journal.1", "answers.1"):
+        with (folder / name).open("ab") as file:
+            file.write(torn)
     for once in (before, make(folder)):
         assert [once.answer(message(n), bot) for n in (1, 2, 3)] == [b"a"] * 3
     assert bot.runs == 3
