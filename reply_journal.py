@@ -31,12 +31,16 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from reply_once import KEEP, KEEP_LATE, Found, Parts
 
 PAGE = 1024  # bytes that are read at first; there are seldom more
+
+_FIRST = (Found(1, mine=True), Found(1, mine=True, waiting=True))
+_Words: TypeAlias = Sequence[bytes]  # of a record: its kind, the name, and the rest
 
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -44,27 +48,36 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 class _Records:
     """A file of records, and how far this process has read it."""
 
-    def __init__(self, path: str, flags: int, take: Callable[[list[bytes]], None]) -> None:
+    def __init__(self, path: str, flags: int, take: Callable[[list[_Words]], None]) -> None:
         self._take, self._end, self._lock = take, 0, threading.Lock()
         self._fd = _open(path, flags)
         weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
 
-    def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
+    def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> bytes:
         record = b"".join((b"\0", kind, b" ", name, b" ", rest, b"\2"))
         if os.write(self._fd, record) < len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return record
 
-    def read(self) -> None:
-        """Take what was appended since the last time."""
+    def add(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
+        """Append a record, and take it and what was appended before it."""
+        self.read(self.append(kind, name, rest), (kind, name, rest))
+
+    def read(self, own: bytes | None = None, words: _Words = ()) -> None:
+        """Take what was appended since the last time, ``own`` as ``words`` if it is that alone."""
         while True:
             size, end = PAGE, self._end
             while len(data := os.pread(self._fd, size, end)) == size:
                 size *= 4
             with self._lock:  # held during no system call
-                if self._end == end:
-                    records = data.split(b"\2")
-                    self._end = end + len(data) - len(records.pop())
-                    return self._take(records)
+                if self._end != end:
+                    continue
+                if data == own:
+                    self._end = end + len(data)
+                    return self._take([words])
+                records = data.split(b"\2")
+                self._end = end + len(data) - len(records.pop())
+                return self._take([r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records])
 
 
 class _File:
@@ -82,9 +95,8 @@ class _File:
         # Made after the journal, and removed after it: whoever has that one finds this one.
         self.said = _Records(f"{folder}/answers.{number}", os.O_CREAT, self._take_answers)
 
-    def _take_claims(self, records: list[bytes]) -> None:
-        for record in records:
-            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
+    def _take_claims(self, records: list[_Words]) -> None:
+        for kind, name, rest in records:
             if kind == b"?":
                 if name in self.owners:
                     self._copies[name] += 1
@@ -99,9 +111,8 @@ class _File:
             elif kind == b"/" and not self.next:
                 self.next, self.closer = int(name), rest
 
-    def _take_answers(self, records: list[bytes]) -> None:
-        for record in records:
-            kind, name, rest = record[record.rfind(b"\0") + 1 :].split(b" ", 2)
+    def _take_answers(self, records: list[_Words]) -> None:
+        for kind, name, rest in records:
             if kind == b"=":
                 self.answers.setdefault(name, rest)
             elif kind == b"!" and name not in self.answers:
@@ -139,7 +150,7 @@ class Journal:
         file = self._claim(key, owner)
         waiting = bool(self._waiting) and who.encode() in self._waiting
         if file.owners[key] == owner:  # as nearly always
-            found = Found(1, True, waiting=waiting)
+            found = _FIRST[waiting]
         else:
             found = file.found(key, self._inherit(file, key, owner), waiting)
         if time.monotonic() - file.opened > self._keep / 2:
@@ -160,8 +171,7 @@ class Journal:
         key = name.encode()
         if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
             return Found(0, late=True)
-        file.said.append(b"!", key)
-        file.said.read()
+        file.said.add(b"!", key)
         return file.found(key)
 
     def keep(self, name: str, parts: Parts) -> None:
@@ -188,12 +198,10 @@ class Journal:
             except FileNotFoundError:  # somebody has just removed the empty folder
                 continue
         file = self._last()
-        file.claims.append(b"+", who.encode())
-        file.claims.read()
+        file.claims.add(b"+", who.encode())
         while file.next:
             file = self._follow(file)
-            file.claims.append(b"+", who.encode())
-            file.claims.read()
+            file.claims.add(b"+", who.encode())
 
     @contextlib.contextmanager
     def waiting(self, who: str) -> Iterator[bytes | None]:
@@ -270,8 +278,7 @@ class Journal:
         """Let a copy come, in the file that has the message or in the last one."""
         file = self._file_of(key) or self._last()
         while True:
-            file.claims.append(b"?", key, owner)
-            file.claims.read()
+            file.claims.add(b"?", key, owner)
             if key in file.owners:
                 return file
             if not file.next:
@@ -283,8 +290,7 @@ class Journal:
         file.said.read()
         if key in file.answers or self._lives(dead := file.owners[key]):
             return False
-        file.claims.append(b">", key, b"%b %b" % (owner, dead))
-        file.claims.read()
+        file.claims.add(b">", key, b"%b %b" % (owner, dead))
         file.said.read()  # it may have been given just before its owner's death
         return file.owners[key] == owner and key not in file.answers
 
@@ -346,8 +352,7 @@ class Journal:
             if number <= file.number:  # else it is there: its maker was killed, or began anew
                 number = file.number + 1
                 self._open(number, os.O_CREAT)
-            file.claims.append(b"/", b"%d" % number, owner)
-            file.claims.read()
+            file.claims.add(b"/", b"%d" % number, owner)
             self._follow(file)
             self._waiting.clear()  # those whose part another process gave
             self._waiting.update(map(str.encode, _list(self._late_folder)))

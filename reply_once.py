@@ -76,7 +76,7 @@ class Answers(Protocol):
         """Yield the first part that waits for the follower; it is gone when the block succeeds."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Asked:
     """One copy of a message: how to run it, its names, and when it came, by two clocks."""
 
