@@ -31,7 +31,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,10 +48,14 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 class _Records:
     """A file of records, and how far this process has read it."""
 
-    def __init__(self, path: str, flags: int, take: Callable[[list[_Words]], None]) -> None:
-        self._take, self._end, self._lock = take, 0, threading.Lock()
+    def __init__(self, path: str, flags: int) -> None:
+        self._end, self._lock = 0, threading.Lock()
         self._fd = _open(path, flags)
         weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
+
+    def take(self, records: list[_Words]) -> None:
+        """Remember what they say."""
+        raise NotImplementedError
 
     def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> bytes:
         record = b"".join((b"\0", kind, b" ", name, b" ", rest, b"\2"))
@@ -74,32 +78,26 @@ class _Records:
                     continue
                 if data == own:
                     self._end = end + len(data)
-                    return self._take([words])
+                    return self.take([words])
                 records = data.split(b"\2")
                 self._end = end + len(data) - len(records.pop())
-                return self._take([r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records])
+                return self.take([r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records])
 
 
-class _File:
-    """One file of the journal and its answers: what this process has read of them."""
+class _Claims(_Records):
+    """Whose the messages are."""
 
-    def __init__(self, folder: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
-        self.number, self.opened = number, time.monotonic()
-        self.owners: dict[bytes, bytes] = {}  # by the names of messages, as all that follow
-        self.answers: dict[bytes, bytes] = {}
-        self._copies: Counter[bytes] = Counter()  # after the first
-        self._late: set[bytes] = set()
-        self.next, self.closer, self.closed = 0, b"", math.inf
-        self._waiting = waiting
-        self.claims = _Records(f"{folder}/journal.{number}", flags, self._take_claims)
-        # Made after the journal, and removed after it: whoever has that one finds this one.
-        self.said = _Records(f"{folder}/answers.{number}", os.O_CREAT, self._take_answers)
+    def __init__(self, path: str, flags: int, waiting: set[bytes]) -> None:
+        super().__init__(path, flags)
+        self.owners: dict[bytes, bytes] = {}  # by the names of messages
+        self.copies: Counter[bytes] = Counter()  # after the first
+        self.next, self.closer, self._waiting = 0, b"", waiting
 
-    def _take_claims(self, records: list[_Words]) -> None:
+    def take(self, records: list[_Words]) -> None:
         for kind, name, rest in records:
             if kind == b"?":
                 if name in self.owners:
-                    self._copies[name] += 1
+                    self.copies[name] += 1
                 elif not self.next:
                     self.owners[name] = rest
             elif kind == b">":
@@ -111,18 +109,37 @@ class _File:
             elif kind == b"/" and not self.next:
                 self.next, self.closer = int(name), rest
 
-    def _take_answers(self, records: list[_Words]) -> None:
+
+class _Answers(_Records):
+    """What they were answered."""
+
+    def __init__(self, path: str, flags: int) -> None:
+        super().__init__(path, flags)
+        self.parts: dict[bytes, bytes] = {}  # by the names of messages
+        self.late: set[bytes] = set()
+
+    def take(self, records: list[_Words]) -> None:
         for kind, name, rest in records:
             if kind == b"=":
-                self.answers.setdefault(name, rest)
-            elif kind == b"!" and name not in self.answers:
-                self._late.add(name)
+                self.parts.setdefault(name, rest)
+            elif kind == b"!" and name not in self.parts:
+                self.late.add(name)
 
-    def found(self, name: bytes, mine: bool = False, waiting: bool = False) -> Found:
+
+class _File:
+    """One file of the journal and its answers."""
+
+    def __init__(self, folder: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
+        self.number, self.opened, self.closed = number, time.monotonic(), math.inf
+        self.claims = _Claims(f"{folder}/journal.{number}", flags, waiting)
+        # Made after the journal, and removed after it: whoever has that one finds this one.
+        self.answers = _Answers(f"{folder}/answers.{number}", os.O_CREAT)
+
+    def found(self, name: bytes, mine: bool, waiting: bool = False) -> Found:
         """Return what is known of a message."""
-        answer = self.answers.get(name)
+        answer, late = self.answers.parts.get(name), name in self.answers.late
         parts = None if answer is None else answer.split(b"\1") if answer else []
-        return Found(1 + self._copies.get(name, 0), mine, name in self._late, parts, waiting)
+        return Found(1 + self.claims.copies[name], mine, late, parts, waiting)
 
 
 class Journal:
@@ -149,7 +166,7 @@ class Journal:
         key, owner = name.encode(), self._owner()
         file = self._claim(key, owner)
         waiting = bool(self._waiting) and who.encode() in self._waiting
-        if file.owners[key] == owner:  # as nearly always
+        if file.claims.owners[key] == owner:  # as nearly always
             found = _FIRST[waiting]
         else:
             found = file.found(key, self._inherit(file, key, owner), waiting)
@@ -171,15 +188,15 @@ class Journal:
         key = name.encode()
         if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
             return Found(0, late=True)
-        file.said.add(b"!", key)
-        return file.found(key)
+        file.answers.add(b"!", key)
+        return file.found(key, mine=False)
 
     def keep(self, name: str, parts: Parts) -> None:
         """Leave the answer for the copies."""
         key = name.encode()
         if file := self._file_of(key):
             try:
-                file.said.append(b"=", key, b"\1".join(parts))
+                file.answers.append(b"=", key, b"\1".join(parts))
             except OSError:
                 self._die()  # or the copies would wait for an answer that nobody will give
                 raise
@@ -199,7 +216,7 @@ class Journal:
                 continue
         file = self._last()
         file.claims.add(b"+", who.encode())
-        while file.next:
+        while file.claims.next:
             file = self._follow(file)
             file.claims.add(b"+", who.encode())
 
@@ -279,24 +296,24 @@ class Journal:
         file = self._file_of(key) or self._last()
         while True:
             file.claims.add(b"?", key, owner)
-            if key in file.owners:
+            if key in file.claims.owners:
                 return file
-            if not file.next:
+            if not file.claims.next:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             file = self._follow(file)
 
     def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
         """Look for the answer; make ``owner`` the owner if that of the message died without one."""
-        file.said.read()
-        if key in file.answers or self._lives(dead := file.owners[key]):
+        file.answers.read()
+        if key in file.answers.parts or self._lives(dead := file.claims.owners[key]):
             return False
         file.claims.add(b">", key, b"%b %b" % (owner, dead))
-        file.said.read()  # it may have been given just before its owner's death
-        return file.owners[key] == owner and key not in file.answers
+        file.answers.read()  # it may have been given just before its owner's death
+        return file.claims.owners[key] == owner and key not in file.answers.parts
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
-            if key in file.owners:
+            if key in file.claims.owners:
                 return file
         return None
 
@@ -314,11 +331,11 @@ class Journal:
             for number in numbers:
                 files.append(file := self._open(number, os.O_CREAT))
                 file.claims.read()
-                if not file.next:  # a later one is not in use yet
+                if not file.claims.next:  # a later one is not in use yet
                     break
                 file.closed = file.opened
                 if number == numbers[-1]:
-                    numbers.append(file.next)
+                    numbers.append(file.claims.next)
             self._files = files
         return files
 
@@ -330,7 +347,7 @@ class Journal:
         with self._lock:
             if file is self._files[-1]:  # else another thread was quicker
                 try:
-                    following = self._open(file.next)
+                    following = self._open(file.claims.next)
                 except FileNotFoundError:  # this process has slept, and it is gone by now
                     return self._open_all()[-1]
                 following.claims.read()
@@ -356,7 +373,7 @@ class Journal:
             self._follow(file)
             self._waiting.clear()  # those whose part another process gave
             self._waiting.update(map(str.encode, _list(self._late_folder)))
-        if file.closer == owner:
+        if file.claims.closer == owner:
             threading.Thread(target=self._sweep, args=(number,), daemon=True).start()
 
     def _sweep(self, last: int) -> None:

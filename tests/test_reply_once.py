@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import resource
@@ -466,6 +467,22 @@ def test_answers_are_kept_as_long_as_their_journal_and_no_longer(folder: Path) -
         os.utime(folder / name, (old, old))
     journal._sweep(last=2)
     assert not files(folder) & {"answers.1", "journal.1"}
+
+
+def test_old_files_are_closed_without_the_garbage_collector(folder: Path) -> None:
+    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
+
+    def turned() -> bool:
+        journal.come(str(next(numbers)), "somebody")
+        return (folder / "journal.12").exists()
+
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        until(turned)
+        assert len(os.listdir("/proc/self/fd")) - before < 15
+    finally:
+        gc.enable()
 
 
 def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
