@@ -153,8 +153,9 @@ class TokenService:
         """Tell whether WeChat says so. All who ask meanwhile get the same answer."""
         looks = self._looks
         with self._looking:
-            if self._looks != looks and self._found[0] == token:
-                return self._found[1]
+            found, dead = self._found
+            if found == token and (dead or self._looks != looks):
+                return dead
             now = self._clock()
             self._spent = max(self._spent, now)
             if self._spent - now > (LOOKS - 1) * LOOKS_APART:

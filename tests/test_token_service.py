@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -472,9 +473,15 @@ def test_a_hundred_who_ask_again_at_once_share_one_look_and_one_fetch(
     first = client.get()["access_token"]
     fake_api.expire()
     fake_api.calls.clear()
-    fake_api.delay = 0.2
+    fake_api.delay = 0.5
+    together = threading.Barrier(100)
+
+    def ask(_: int) -> Any:
+        together.wait()
+        return client.get()["access_token"]
+
     with ThreadPoolExecutor(100) as pool:
-        got = set(pool.map(lambda _: client.get()["access_token"], range(100)))
+        got = set(pool.map(ask, range(100)))
     assert got == {fake_api.token} != {first}
     assert looks(fake_api) == 1
     assert len(fake_api.fetches) == 2
