@@ -72,7 +72,9 @@ def soak(server: bench.Server, folder: Path, arguments: argparse.Namespace) -> b
     replies = folder / "state" / "replies"
     living = {str(pid) for pid in server.workers()}
     left = [p for p in replies.iterdir() if p.is_file() and p.name.split(".")[1] not in living]
-    left = [path for path in left if path.stat().st_mtime < old]
+    # Answers are kept as long as their journal.
+    kept_by = {path: path.with_name(path.name.replace("answers", "journal")) for path in left}
+    left = [p for p, by in kept_by.items() if (by if by.exists() else p).stat().st_mtime < old]
     waiting = sum(path.is_file() for path in replies.glob("late/*/*"))
     print(f"{len(left)} files left after the sweep, {waiting} kept for a follower's next message")
     return load.returncode == 0 and not wrong and not left
