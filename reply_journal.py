@@ -51,7 +51,8 @@ class _Records:
     def __init__(self, path: str, flags: int) -> None:
         self._end, self._lock = 0, threading.Lock()
         self._fd = _open(path, flags)
-        weakref.finalize(self, os.close, self._fd)  # when no thread needs it any more
+        # When no thread needs it any more, but not at exit, under the threads that still run.
+        weakref.finalize(self, os.close, self._fd).atexit = False
 
     def take(self, records: list[_Words]) -> None:
         """Remember what they say."""
@@ -81,7 +82,8 @@ class _Records:
                     return self.take([words])
                 records = data.split(b"\2")
                 self._end = end + len(data) - len(records.pop())
-                return self.take([r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records])
+                whole = (r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records)
+                return self.take([words for words in whole if len(words) == 3])
 
 
 class _Claims(_Records):
@@ -106,7 +108,7 @@ class _Claims(_Records):
                     self.owners[name] = owner
             elif kind == b"+":
                 self._waiting.add(name)
-            elif kind == b"/" and not self.next:
+            elif kind == b"/" and not self.next and name.isdigit():
                 self.next, self.closer = int(name), rest
 
 
@@ -286,6 +288,8 @@ class Journal:
             fd = _open(f"{self._folder}/{process.decode()}")
         except FileNotFoundError:
             return False
+        except OSError:  # too many open files: who looks again may see
+            return True
         try:
             return not _lock(fd)
         finally:
@@ -293,14 +297,15 @@ class Journal:
 
     def _claim(self, key: bytes, owner: bytes) -> _File:
         """Let a copy come, in the file that has the message or in the last one."""
-        file = self._file_of(key) or self._last()
+        last = self._last()
         while True:
+            file = self._file_of(key) or last  # which may have just been opened and read
             file.claims.add(b"?", key, owner)
             if key in file.claims.owners:
                 return file
             if not file.claims.next:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            file = self._follow(file)
+            last = self._follow(file)
 
     def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
         """Look for the answer; make ``owner`` the owner if that of the message died without one."""
@@ -327,17 +332,23 @@ class Journal:
         """Open the files that are there, or the first one, and read them."""
         with self._lock:
             self._waiting.update(map(str.encode, _list(self._late_folder)))
-            files, numbers = [], sorted(self._numbers()) or [1]
+            files: list[_File] = []
+            if not (numbers := sorted(self._numbers())):
+                numbers = [self._open(1, os.O_CREAT).number]
             for number in numbers:
-                files.append(file := self._open(number, os.O_CREAT))
+                try:
+                    file = self._open(number)
+                except FileNotFoundError:  # it was removed meanwhile: it must not be made again
+                    continue
+                files.append(file)
                 file.claims.read()
                 if not file.claims.next:  # a later one is not in use yet
                     break
                 file.closed = file.opened
                 if number == numbers[-1]:
                     numbers.append(file.claims.next)
-            self._files = files
-        return files
+            self._files = files or self._open_all()
+        return self._files
 
     def _open(self, number: int, flags: int = 0) -> _File:
         return _File(self._folder, number, self._waiting, flags)

@@ -180,11 +180,11 @@ class ReplyOnce:
 
     def _keep(self, asked: _Asked, parts: Parts) -> bytes:
         took, late = time.monotonic() - asked.came, False
-        slow = took > LAST_WORD * self._patience  # else nobody was told to wait
+        may_be_late = LAST_WORD * self._patience  # before that nobody was told to wait
         try:
             if took > COPIES * self._patience:  # no copy will come for it
                 late = self._answers.tell_late(asked.name).late
-            elif slow:
+            elif took > may_be_late:
                 late = self._answers.look(asked.name).late
             # What waits is put there first, so that a worker that is killed loses nothing.
             if late or len(parts) > 1:
@@ -193,8 +193,9 @@ class ReplyOnce:
             self._complain("a late answer may be lost", error)
         try:  # in any case, or the copies would wait for it in vain
             self._answers.keep(asked.name, parts)
-            if slow and not late and self._answers.look(asked.name).late:  # told meanwhile
-                late = True
+            took = time.monotonic() - asked.came
+            if not late and took > may_be_late and self._answers.look(asked.name).late:
+                late = True  # told meanwhile
                 self._put(asked, parts[:1])
         except OSError as error:
             self._complain("an answer cannot be kept for the copies of its message", error)

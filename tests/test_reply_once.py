@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -599,6 +600,89 @@ def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path
     assert bot.runs == 2
 
 
+def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder: Path) -> None:
+    """Every message is somewhere in the two files of that time."""
+    bot, others = Counted(b"a"), Counted(b"a")
+    came: list[tuple[float, int]] = []
+    once = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        came.append((time.monotonic(), len(came)))
+        once.answer(message(len(came)), bot)
+        time.sleep(0.005)
+        began, number = random.choice(came)
+        if number > 0 and time.monotonic() - began < 0.8:
+            new = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+            assert new.answer(message(number), others) == b"a"
+    assert (folder / "journal.5").exists()
+    assert others.runs == 0
+
+
+def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: Path) -> None:
+    sleeper, owner = Journal(folder), Journal(folder, keep=0.2)
+    assert sleeper.come("first", "somebody").mine
+    for number in (1, 2):
+        turn(folder, folder / f"journal.{number}")
+    numbers = itertools.count()
+
+    def came() -> str:
+        """Return the message after which the file was turned."""
+        while True:
+            name, before = str(next(numbers)), files(folder)
+            assert owner.come(name, "somebody").mine
+            if any(path.startswith("journal") for path in files(folder) - before):
+                return name
+
+    name = came()
+    assert not sleeper.come(name, "somebody").mine
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Journal(folder, keep=0.2)
+    turn(folder, folder / "journal.1")
+    late = Journal(folder)
+    numbers = late._numbers
+    monkeypatch.setattr(late, "_numbers", lambda: [1, *numbers()])  # as listed before
+    assert old.come("a", "somebody").mine
+    assert not late.come("a", "somebody").mine
+    assert not (folder / "journal.1").exists()
+
+
+def test_a_process_with_too_many_open_files_takes_nobody_for_dead(folder: Path, run: Run) -> None:
+    owner = run("-c", OWNER, str(folder), str(ROOT / "tests"))
+    assert owner.stdout.readline() == "running\n"
+    once, bot = make(folder), Counted(b"a")
+    assert once.answer(message(2), bot) == b"a"  # so its files are open
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert once.answer(message(), bot) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert bot.runs == 1
+
+
+def test_an_answer_that_takes_long_to_keep_waits_for_who_was_told_to_wait_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, other = make(folder), Counted(b"other")
+    keep = once._answers.keep
+
+    def slowly(name: str, parts: list[bytes]) -> None:
+        time.sleep(0.3 * PATIENCE)
+        keep(name, parts)
+
+    monkeypatch.setattr(once._answers, "keep", slowly)
+    with ThreadPoolExecutor() as threads:
+        slow = Counted(b"answer", seconds=0.75 * PATIENCE)
+        copies = [threads.submit(once.answer, message(), slow) for _ in range(3)]
+        assert WAIT in [copy.result() for copy in copies]
+    assert slow.runs == 1
+    assert once.answer(message(2), other) == b"answer"
+
+
 def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Path) -> None:
     bot = Counted(b"a")
     one = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
@@ -616,7 +700,16 @@ def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Pat
 
 
 @pytest.mark.parametrize(
-    "torn", [b"\0= gh_97417a04a28d+alice+1 torn", b"\0" * 100, b"\0", b"\0? x"]
+    "torn",
+    [
+        b"\0= gh_97417a04a28d+alice+1 torn",
+        b"\0" * 100,
+        b"\0",
+        b"\0? x",
+        b"\0\0er\2",  # power was lost: a page is there, the one before is not
+        b"\0/ \2",
+        b"\0/ x owner\2",
+    ],
 )
 def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
     before, bot = make(folder), Counted(b"a")
