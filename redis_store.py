@@ -215,6 +215,7 @@ class RedisTokenStore(TokenStore):
         self._cache = (data, state)
 
     def _origin(self) -> Any:
+        """Return what the state was read from."""
         return self._cache[0]
 
     def _read(self) -> token_store._State:

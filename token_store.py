@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 5.0  # seconds for all of an exchange with WeChat
 PATIENCE = 15.0  # seconds to wait for whoever fetches: two exchanges, and some
+LOOK = 1.0  # seconds between two looks at the path of the file, which is kept open
 POLL = 0.02  # seconds between two looks at the lock: flock itself knows no time limit
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds to leave WeChat alone after a failure, doubling
 REFUSED_APART = 30.0  # seconds between two refused tokens; the platform's rule for force_refresh
@@ -46,6 +47,7 @@ ROOM = 8192  # bytes the file takes; a token needs 512
 LARGEST_ANSWER = 4 * 1048576  # bytes; a list of 10,000 followers takes 0.3 MB
 
 _TOKEN = re.compile("[!-~]{1,1024}")
+_MARK = 0x5AFEF11E  # where the open file stands: at a place that no other has
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # Unlike time.time() nobody can set it; where it exists, it counts a suspended machine's time.
 _uptime = functools.partial(
@@ -86,35 +88,43 @@ class _State:
 
 
 class _Open:
-    """The file, kept open: to see that it is still the same takes half of a look at its path."""
+    """The file, kept open: fstat takes half the time of stat, which has to find it first."""
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         stat = os.fstat(self.fd)
-        self._inode, self._ctime = (stat.st_dev, stat.st_ino), stat.st_ctime_ns
-        weakref.finalize(self, _close, self.fd, self._inode)  # when no thread needs it any more
+        self._path, self._inode, self._ctime = path, (stat.st_dev, stat.st_ino), stat.st_ctime_ns
+        self._look_at = time.monotonic() + LOOK
+        os.lseek(self.fd, _MARK, os.SEEK_SET)
+        weakref.finalize(self, _close, self.fd).atexit = False  # when no thread needs it any more
 
     def is_current(self) -> bool:
-        """Tell whether nobody has replaced, removed, renamed or changed it since it was opened."""
+        """Tell whether it is as it was when it was opened, and at its path.
+
+        It is known within ``LOOK`` if the path leads elsewhere though nobody touched the file:
+        another folder has taken the place of its own.
+        """
         try:
             stat = os.fstat(self.fd)
         except OSError:
             return False
-        return stat.st_ctime_ns == self._ctime and stat.st_nlink > 0
+        if stat.st_ctime_ns != self._ctime or not stat.st_nlink:  # changed, renamed, removed
+            return False
+        return time.monotonic() < self._look_at or self.is_at_path()
 
-    def is_at(self, path: str) -> bool:
-        """Tell whether it is what ``path`` leads to, for a folder may have been renamed."""
+    def is_at_path(self) -> bool:
+        """Look whether it is what its path leads to."""
+        self._look_at = time.monotonic() + LOOK
         try:
-            stat = os.stat(path)
+            stat = os.stat(self._path)
         except OSError:
             return False
         return (stat.st_dev, stat.st_ino) == self._inode
 
 
-def _close(fd: int, inode: tuple[int, int]) -> None:
+def _close(fd: int) -> None:
     with contextlib.suppress(OSError):
-        stat = os.fstat(fd)
-        if (stat.st_dev, stat.st_ino) == inode:  # else a daemon closed all, and this is another's
+        if os.lseek(fd, 0, os.SEEK_CUR) == _MARK:  # else a daemon closed all: it is another file
             os.close(fd)
 
 
@@ -155,7 +165,7 @@ class TokenStore:
         self._appsecret, self._endpoint, self._margin = appsecret, endpoint, max(margin, 0)
         self._api_base, self._clock, self._uptime = api_base, clock, uptime
         self._nothing = _State(appid)
-        self._cache: tuple[Any, _State] = (None, self._nothing)  # what it was read from, and it
+        self._cache: tuple[Any, _State] = (None, self._nothing)  # what it was read from, too
 
     def get(self) -> str:
         """Return a token that is good now: from memory, the file or WeChat.
@@ -197,11 +207,12 @@ class TokenStore:
                 return state
             wait = self._wait(state)
             again = REFUSED_APART - abs(self._clock() - state.refused_at)
-            if stale and stale == state.access_token and again > 0 and not wait:
+            refused = stale and stale == state.access_token and self._left(state) > 0
+            if refused and again > 0 and not wait:
+                why = "if it refuses even the latest, something else fetches tokens for this account"
                 raise TokenError(  # and nothing is written, for it holds nobody else back
                     f"WeChat is asked for another access_token once in {REFUSED_APART:.0f} s at"
-                    f" most, so again in {math.ceil(again)} s; if it refuses even the latest,"
-                    " something else fetches tokens for this account",
+                    f" most, so again in {math.ceil(again)} s; {state.failure or why}",
                     45011,
                 )
             if not wait and (fetched := self._try_fetch(state, stale)):
@@ -238,7 +249,7 @@ class TokenStore:
 
     def _try_fetch(self, state: _State, stale: str) -> _State | None:
         """Fetch a token, or note the failure. None: somebody else is at it, or was quicker."""
-        fetched, origin = state, self._cache[0]
+        fetched, origin = state, self._cache[0]  # of what is remembered if it cannot be written
         try:
             with self._lock() as locked:
                 if not locked or self._read() != state:
@@ -312,7 +323,8 @@ class TokenStore:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
-                if (opened := self._cache[0]) and not opened.is_at(self._path):
+                # Who has the lock must not go by the file of a folder that was replaced.
+                if (opened := self._cache[0]) and not opened.is_at_path():
                     self._cache = (None, self._nothing)
             yield locked
         finally:
@@ -329,22 +341,23 @@ class TokenStore:
             file.flush()
             os.fsync(file.fileno())
         os.replace(successor, self._path)
+        self._cache = (None, self._nothing)
 
     def _read(self) -> _State:
         """Return what the file holds. It is only ever replaced whole, so this needs no lock."""
-        before, state = self._cache
-        if before and before.is_current():
+        opened, state = self._cache
+        if opened and opened.is_current():
             return state
         try:
-            opened = self._origin()
-            if opened or before:
-                state = self._parse(os.pread(opened.fd, ROOM, 0)) if opened else self._nothing
-                self._cache = (opened, state)
+            if (now := self._origin()) or opened:
+                state = self._parse(os.pread(now.fd, ROOM, 0)) if now else self._nothing
+                self._cache = (now, state)
         except OSError as error:  # it may hold a good token all the same
             raise TokenError(f"cannot read {self._path}: {error.strerror}") from None
         return state
 
     def _origin(self) -> Any:
+        """Open what the state is read from; None if it is not there."""
         try:
             return _Open(self._path)
         except FileNotFoundError:
@@ -469,7 +482,7 @@ ADVICE = {
     42001: "the access_token has expired",
     43002: "this call needs a body to POST",
     45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
-    45011: "too many calls in this minute; slow down",
+    45011: "too many calls; slow down",
     48001: "the account has no right to this call; it needs verification (认证)",
     50004: "the account is banned or logged out",
     89503: "the administrator has to confirm this IP on the phone",

@@ -179,9 +179,9 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
             without it a text never does.
 
     Raises:
-        TypeError: ``reply`` is something else.
-        ValueError: ``reply`` lacks its MsgType, Content or Articles, or has more articles than
-            WeChat allows here.
+        TypeError: ``reply`` is something else, or holds what ``to_xml`` cannot write.
+        ValueError: ``reply`` lacks its MsgType, Content or Articles, has more articles than
+            WeChat allows here, or a name that ``to_xml`` cannot write.
     """
     if reply is None:
         return []

@@ -55,8 +55,8 @@ _USUAL = re.compile(
 _METHODS = ("GET", "POST")
 # The body of an encrypted message as WeChat writes it.
 _ENVELOPE = re.compile(
-    rb"\s*<xml>\s*<ToUserName><!\[CDATA\[[^]]*\]\]></ToUserName>"
-    rb"\s*<Encrypt><!\[CDATA\[([^]]*)\]\]></Encrypt>\s*</xml>\s*"
+    rb"<xml>[\t\n ]*<ToUserName><!\[CDATA\[\w*\]\]></ToUserName>"
+    rb"[\t\n ]*<Encrypt><!\[CDATA\[([A-Za-z0-9+/=]*)\]\]></Encrypt>[\t\n ]*</xml>[\t\n ]*"
 )
 
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
@@ -227,7 +227,7 @@ def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
 
 def _encrypt(body: bytes) -> str:
     if usual := _ENVELOPE.fullmatch(body):
-        return usual[1].decode("latin-1")
+        return usual[1].decode()
     encrypt = wxmessage.from_xml(body).get("Encrypt")
     if not isinstance(encrypt, str):
         raise Refused(FORBIDDEN, "the body has no Encrypt")

@@ -252,15 +252,20 @@ def calls(config: Config, method: str, query: str, body: bytes) -> Callable[[int
     environ = {"REQUEST_METHOD": method, "PATH_INFO": "/wx", "CONTENT_LENGTH": str(len(body))}
     environ["QUERY_STRING"] = query
 
-    def start_response(*_: Any) -> Any:
-        pass
+    statuses: set[str] = set()
+
+    def start_response(status: str, *_: Any) -> Any:
+        statuses.add(status)
 
     def run(loops: int) -> float:
         environs = [{**environ, "wsgi.input": io.BytesIO(unique(body))} for _ in range(loops)]
         began = time.perf_counter()
         for each in environs:
-            application(each, start_response)
-        return time.perf_counter() - began
+            answer = application(each, start_response)
+        took = time.perf_counter() - began
+        if statuses != {"200 OK"} or list(answer) == [b"success"]:
+            raise RuntimeError(f"no echo: {statuses}")
+        return took
 
     return run
 

@@ -214,6 +214,29 @@ def test_what_cannot_be_decrypted_is_the_same_403_told_apart_in_the_log_alone(
     assert any(part in caplog.text for part in why.split("|"))
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda xml: xml.replace("<![CDATA[", "").replace("]]>", ""),
+        lambda xml: xml.replace("\n", "\r\n"),
+        lambda xml: f'<?xml version="1.0"?>{xml}',
+    ],
+)
+def test_an_envelope_may_be_any_xml_that_says_the_same(written: Callable[[str], str]) -> None:
+    query, body = sealed(message_xml("hello"))
+    answer = make_app().post(f"/wx?{query}", written(body.decode()).encode())
+    assert opened(answer.body)["Content"] == "hello"
+
+
+@given(st.text("A= \t\r\n\f\0\uffff]>&<你", max_size=3), st.integers(0), st.integers(0, 5))
+def test_the_usual_envelope_is_read_as_any_other_xml(piece: str, at: int, less: int) -> None:
+    _, body = sealed(b"")
+    xml, at = body.decode(), at % len(body)
+    mangled = (xml[:at] + piece + xml[at + less :]).encode()
+    if usual := wxserver._ENVELOPE.fullmatch(mangled):
+        assert from_xml(mangled)["Encrypt"] == usual[1].decode()
+
+
 def test_a_body_without_encrypt_is_refused() -> None:
     query, _ = sealed(message_xml())
     for body in (message_xml(), b"<xml><Encrypt>a</Encrypt><Encrypt>b</Encrypt></xml>"):

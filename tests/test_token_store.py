@@ -27,6 +27,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import APPID, APPSECRET, ROOT, Run, config_for
+from serving import until
 
 import token_store
 from token_store import TokenError, TokenStore
@@ -101,20 +102,19 @@ def test_the_file_is_private_and_says_nothing_but_the_token(make: Maker, path: P
     assert APPSECRET not in path.read_text()
 
 
-opened: list[object] = []
-sys.addaudithook(lambda event, arguments: opened.append(arguments[0]) if event == "open" else None)
-
-
-def test_get_reads_memory_while_the_file_is_the_same(make: Maker, path: Path) -> None:
+def test_get_reads_memory_while_the_file_is_the_same(
+    make: Maker, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make()
     token = store.get()
     assert store.get() == token
-    opened.clear()
+    opened = Mock(wraps=token_store._Open)
+    monkeypatch.setattr(token_store, "_Open", opened)
     assert [store.get() for _ in range(100)] == [token] * 100
-    assert str(path) not in opened
+    assert opened.call_count == 0
     os.utime(path)
-    assert store.get() == token
-    assert str(path) in opened
+    assert [store.get() for _ in range(100)] == [token] * 100
+    assert opened.call_count == 1
 
 
 def write(path: Path, data: bytes) -> None:
@@ -159,6 +159,40 @@ def test_a_folder_that_was_renamed_costs_nobody_a_token(
     new = other.get()
     assert one.refresh(old) == one.get() == new != old
     assert len(fake_api.fetches) == 2
+
+
+def test_another_file_at_the_end_of_a_link_is_seen_within_a_second(make: Maker, path: Path) -> None:
+    first, second = (path.parent.with_name(name) for name in ("first", "second"))
+    for folder, kind in ((first, "F"), (second, "S")):
+        path.parent.mkdir()
+        assert make().get()
+        path.write_bytes(
+            re.sub(
+                rb'"access_token": "....',
+                b'"access_token": "' + kind.encode() * 4,
+                path.read_bytes(),
+            )
+        )
+        path.parent.rename(folder)
+    path.parent.symlink_to(first)
+    store = make()
+    assert store.get().startswith("FFFF")
+    path.parent.unlink()
+    path.parent.symlink_to(second)
+    until(lambda: store.get().startswith("SSSS"))
+
+
+def test_a_link_that_the_first_fetch_replaces_is_followed_no_longer(
+    make: Maker, path: Path, fake_api: FakeApi
+) -> None:
+    path.parent.mkdir()
+    old = make(endpoint="token").get()
+    path.rename(path.with_suffix(".old"))
+    path.symlink_to(path.with_suffix(".old"))
+    store = make(endpoint="token")
+    assert store.get() == old
+    new = store.refresh(old)
+    assert new == store.get() == fake_api.token != old
 
 
 def test_a_file_that_is_replaced_is_kept_open_no_longer(make: Maker, path: Path) -> None:
@@ -369,6 +403,16 @@ def test_tokens_that_are_refused_one_after_another_are_not_burned(
     assert store.get() == second
     assert len(fake_api.fetches) == fetches
     clock.sleep(31)
+    assert store.refresh(second) == fake_api.token != second
+
+
+def test_a_token_that_has_ended_is_not_one_that_is_refused_too_soon(
+    make: Maker, fake_api: FakeApi, clock: Clock
+) -> None:
+    fake_api.expires_in = 20
+    store = make()
+    second = store.refresh(store.get())
+    clock.sleep(21)
     assert store.refresh(second) == fake_api.token != second
 
 
