@@ -209,7 +209,7 @@ class TokenStore:
             again = REFUSED_APART - abs(self._clock() - state.refused_at)
             refused = stale and stale == state.access_token and self._left(state) > 0
             if refused and again > 0 and not wait:
-                why = "if it refuses even the latest, something else fetches tokens for this account"
+                why = "if it refuses even the latest, something else fetches them too"
                 raise TokenError(  # and nothing is written, for it holds nobody else back
                     f"WeChat is asked for another access_token once in {REFUSED_APART:.0f} s at"
                     f" most, so again in {math.ceil(again)} s; {state.failure or why}",
