@@ -165,8 +165,15 @@ class Journal:
 
     def come(self, name: str, who: str) -> Found:
         """Count a copy, and make the message its own if it is nobody's or its owner has died."""
-        key, owner = name.encode(), self._owner()
-        file = self._claim(key, owner)
+        key, owner, last = name.encode(), self._owner(), self._last()
+        while True:
+            file = self._file_of(key) or last  # which may have just been opened and read
+            file.claims.add(b"?", key, owner)
+            if key in file.claims.owners:
+                break
+            if not file.claims.next:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            last = self._follow(file)
         waiting = bool(self._waiting) and who.encode() in self._waiting
         if file.claims.owners[key] == owner:  # as nearly always
             found = _FIRST[waiting]
@@ -294,18 +301,6 @@ class Journal:
             return not _lock(fd)
         finally:
             _unlock(fd)
-
-    def _claim(self, key: bytes, owner: bytes) -> _File:
-        """Let a copy come, in the file that has the message or in the last one."""
-        last = self._last()
-        while True:
-            file = self._file_of(key) or last  # which may have just been opened and read
-            file.claims.add(b"?", key, owner)
-            if key in file.claims.owners:
-                return file
-            if not file.claims.next:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            last = self._follow(file)
 
     def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
         """Look for the answer; make ``owner`` the owner if that of the message died without one."""
