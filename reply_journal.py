@@ -39,6 +39,7 @@ from reply_once import KEEP, KEEP_LATE, Found, Parts
 
 PAGE = 1024  # bytes that are read at first; there are seldom more
 
+# What nearly every message finds: it is new, and something waits for its follower, or nothing.
 _FIRST = (Found(1, mine=True), Found(1, mine=True, waiting=True))
 _Words: TypeAlias = Sequence[bytes]  # of a record: its kind, the name, and the rest
 

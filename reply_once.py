@@ -227,7 +227,7 @@ class ReplyOnce:
                 with self._answers.waiting(asked.who) as part:
                     if part is not None and self._push:
                         self._push(asked.message["FromUserName"], part)
-        except Exception as error:  # noqa: BLE001  whatever it is, nothing is lost
+        except Exception as error:  # noqa: BLE001  whatever push raises, its part goes on waiting
             log.error("a late answer waits for the follower's next message: %s", error)
 
     def _complain(self, what: str, error: OSError) -> None:

@@ -440,7 +440,7 @@ def _exchange(
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with _opener().open(request, timeout=timeout) as response:
             results.put(response.read(LARGEST_ANSWER))
-    except Exception as error:  # noqa: BLE001  the caller sorts them out
+    except Exception as error:  # noqa: BLE001  a thread hands them all to fetch_json
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         results.put(error)

@@ -117,7 +117,7 @@ def verify(to: Account) -> bool:
 def chat(to: Account, follower: str, wire: bool) -> None:
     """Talk to the account, line by line, until the end of the input."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() its history
+        import readline  # noqa: F401  to import it gives input() its history
     if sys.stdin.isatty():
         print(f"{to.url}; /help says what there is besides text")
     while True:

@@ -251,7 +251,6 @@ def calls(config: Config, method: str, query: str, body: bytes) -> Callable[[int
     application = wxserver.create_application(config)
     environ = {"REQUEST_METHOD": method, "PATH_INFO": "/wx", "CONTENT_LENGTH": str(len(body))}
     environ["QUERY_STRING"] = query
-
     statuses: set[str] = set()
 
     def start_response(status: str, *_: Any) -> Any:

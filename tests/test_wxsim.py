@@ -683,7 +683,7 @@ IN_A_TERMINAL = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
 def test_in_a_terminal_the_prompt_names_the_follower_and_arrow_up_brings_the_line_back(
     bot: Callable[[Answer], Bot], run: Run, tmp_path: Path
 ) -> None:
-    pytest.importorskip("readline")
+    pytest.importorskip("readline")  # which not every Python is built with
     echoing = bot(lambda asked: asked.reply(Content=f"You said {from_xml(asked.body)['Content']}."))
     (tmp_path / "config.ini").write_text("")
     env = {
