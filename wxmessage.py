@@ -21,11 +21,21 @@ MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far be
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A field as WeChat writes nearly all, whose text needs no decoding. Or the rest, once something is
-# no such field: it is looked at no further.
-_FIELD = re.compile(
-    r"[\t\n ]*<([A-Za-z_]\w*)>(?:<!\[CDATA\[([^]]*)\]\]>|([^]<&]*))</\1>[\t\n ]*|.+",
-    re.ASCII | re.DOTALL,
+# A follower's text as WeChat writes it. Most messages are one.
+_TEXT = re.compile(
+    rb"[\t\n ]*".join(
+        [
+            rb"<xml>",
+            rb"<ToUserName><!\[CDATA\[([^]]*)\]\]></ToUserName>",
+            rb"<FromUserName><!\[CDATA\[([^]]*)\]\]></FromUserName>",
+            rb"<CreateTime>([0-9]*)</CreateTime>",
+            rb"<MsgType><!\[CDATA\[text\]\]></MsgType>",
+            rb"<Content><!\[CDATA\[([^]]*)\]\]></Content>",
+            rb"<MsgId>([0-9]*)</MsgId>",
+            rb"</xml>",
+            rb"",
+        ]
+    )
 )
 
 
@@ -42,26 +52,28 @@ def from_xml(body: bytes) -> Message:
         MessageError: not well-formed, not UTF-8, a DOCTYPE (so no entities either), nested
             deeper than ``MAX_DEPTH``, or a root other than ``xml``.
     """
-    message = _flat(body)
-    return _tree(body) if message is None else message
+    return _text(body) or _tree(body)
 
 
-def _flat(body: bytes) -> Message | None:
-    """Read the usual message, whose fields are all ``_FIELD``; None for any other body.
-
-    It reads what ``_tree`` reads, at a third of the cost.
-    """
+def _text(body: bytes) -> Message | None:
+    """Read a follower's text as ``_tree`` does, at a sixth of the cost; None for any other body."""
+    if not (usual := _TEXT.fullmatch(body)):
+        return None
+    account, follower, created, content, msg_id = usual.groups()
     try:
-        text = body.decode().strip("\t\n ")
+        account, follower, content = account.decode(), follower.decode(), content.decode()
     except UnicodeDecodeError:
         return None
-    if not (text.startswith("<xml>") and text.endswith("</xml>")):
+    if not (account + follower + content).isprintable():  # XML may forbid or change the rest
         return None
-    fields = _FIELD.findall(text, len("<xml>"), len(text) - len("</xml>"))
-    message = {name: cdata or bare for name, cdata, bare in fields}
-    if "" in message or len(message) < len(fields):
-        return None
-    return message if "".join(message.values()).isprintable() else None  # XML may forbid the rest
+    return {
+        "ToUserName": account,
+        "FromUserName": follower,
+        "CreateTime": created.decode(),
+        "MsgType": "text",
+        "Content": content,
+        "MsgId": msg_id.decode(),
+    }
 
 
 def _tree(body: bytes) -> Message:

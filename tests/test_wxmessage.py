@@ -176,6 +176,36 @@ def test_any_xml_is_read_or_refused_as_the_standard_library_does(
             assert from_xml(body.encode()) == (tree(root) if len(root) else {})
 
 
+TEXT = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
+<FromUserName><![CDATA[o9AgO5Kd5ggOC-bXrbNODIiE3bGY]]></FromUserName>
+<CreateTime>1714112445</CreateTime>
+<MsgType><![CDATA[text]]></MsgType>
+<Content><![CDATA[你好]]></Content>
+<MsgId>24500000000000001</MsgId>
+</xml>""".encode()
+PIECES = [
+    *MARKUP.split(" "),
+    *CHARACTERS,
+    "]]>",
+    "]]>a<![CDATA[",
+    "]]></Content><Content><![CDATA[",
+]
+
+
+@pytest.mark.parametrize("less", [0, 1, 9])
+def test_the_usual_text_with_anything_in_any_place_is_read_as_any_other_xml(less: int) -> None:
+    for piece in (b"", b"\0", b"\xff", *map(str.encode, PIECES)):
+        for at in range(len(TEXT) + 1):
+            body = TEXT[:at] + piece + TEXT[at + less :]
+            try:
+                expected = tree(ElementTree.fromstring(body))
+            except (ElementTree.ParseError, LookupError, ValueError):  # or another encoding
+                with pytest.raises(MessageError):
+                    from_xml(body)
+            else:
+                assert from_xml(body) == expected
+
+
 def test_the_end_of_cdata_cannot_be_smuggled_past_a_dropped_character() -> None:
     assert from_xml(to_xml({"Content": "]]\x00><b>", "Other": "]]>"})) == {
         "Content": "]]><b>",
