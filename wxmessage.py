@@ -235,10 +235,10 @@ def _usual(message: Message, content: str, now: float) -> bytes | None:
     if not all_texts.isprintable() or "]]>" in all_texts or not 0 < len(content) <= MAX_TEXT / 4:
         return None
     return (
-        f"<xml><ToUserName><![CDATA[{follower}]]></ToUserName><FromUserName><![CDATA[{account}]]>"
-        f"</FromUserName><CreateTime>{int(now)}</CreateTime><MsgType><![CDATA[text]]></MsgType>"
-        f"<Content><![CDATA[{content}]]></Content></xml>"
-    ).encode()
+        b"<xml><ToUserName><![CDATA[%b]]></ToUserName><FromUserName><![CDATA[%b]]></FromUserName>"
+        b"<CreateTime>%d</CreateTime><MsgType><![CDATA[text]]></MsgType>"
+        b"<Content><![CDATA[%b]]></Content></xml>"
+    ) % (follower.encode(), account.encode(), now, content.encode())
 
 
 def _split(content: str, more: str) -> list[str]:
