@@ -31,9 +31,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
 from reply_once import KEEP, KEEP_LATE, Found, Parts
 
@@ -41,7 +40,6 @@ PAGE = 1024  # bytes that are read at first; there are seldom more
 
 # What nearly every message finds: it is new, and something waits for its follower, or nothing.
 _FIRST = (Found(1, mine=True), Found(1, mine=True, waiting=True))
-_Words: TypeAlias = Sequence[bytes]  # of a record: its kind, the name, and the rest
 
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -55,36 +53,49 @@ class _Records:
         # When no thread needs it any more, but not at exit, under the threads that still run.
         weakref.finalize(self, os.close, self._fd).atexit = False
 
-    def take(self, records: list[_Words]) -> None:
-        """Remember what they say."""
+    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
+        """Remember what a record says."""
         raise NotImplementedError
 
     def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> bytes:
-        record = b"".join((b"\0", kind, b" ", name, b" ", rest, b"\2"))
+        record = b"\0%b %b %b\2" % (kind, name, rest)
         if os.write(self._fd, record) < len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return record
 
     def add(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
         """Append a record, and take it and what was appended before it."""
-        self.read(self.append(kind, name, rest), (kind, name, rest))
+        own = self.append(kind, name, rest)
+        end = self._end
+        data = os.pread(self._fd, PAGE, end)
+        if data.endswith(own):  # as nearly always
+            with self._lock:  # held during no system call
+                if self._end == end:
+                    self._end = end + len(data)
+                    if len(data) > len(own):
+                        self._take_all(data[: -len(own)])
+                    self.take(kind, name, rest)
+                    return
+        self.read()  # it is not the last any more, or taken already
 
-    def read(self, own: bytes | None = None, words: _Words = ()) -> None:
-        """Take what was appended since the last time, ``own`` as ``words`` if it is that alone."""
+    def read(self) -> None:
+        """Take what was appended since the last time."""
         while True:
             size, end = PAGE, self._end
             while len(data := os.pread(self._fd, size, end)) == size:
                 size *= 4
-            with self._lock:  # held during no system call
-                if self._end != end:
-                    continue
-                if data == own:
-                    self._end = end + len(data)
-                    return self.take([words])
-                records = data.split(b"\2")
-                self._end = end + len(data) - len(records.pop())
-                whole = (r[r.rfind(b"\0") + 1 :].split(b" ", 2) for r in records)
-                return self.take([words for words in whole if len(words) == 3])
+            whole = data[: data.rfind(b"\2") + 1]  # the rest is being written
+            with self._lock:
+                if self._end == end:
+                    self._end = end + len(whole)
+                    return self._take_all(whole)
+
+    def _take_all(self, data: bytes) -> None:
+        for record in data.split(b"\0"):
+            words = record.split(b" ", 2)
+            if len(words) == 3 and record[-1] == 2:  # STX
+                kind, name, rest = words
+                self.take(kind, name, rest[:-1])
 
 
 class _Claims(_Records):
@@ -96,21 +107,20 @@ class _Claims(_Records):
         self.copies: Counter[bytes] = Counter()  # after the first
         self.next, self.closer, self._waiting = 0, b"", waiting
 
-    def take(self, records: list[_Words]) -> None:
-        for kind, name, rest in records:
-            if kind == b"?":
-                if name in self.owners:
-                    self.copies[name] += 1
-                elif not self.next:
-                    self.owners[name] = rest
-            elif kind == b">":
-                owner, _, dead = rest.partition(b" ")
-                if self.owners.get(name) == dead:
-                    self.owners[name] = owner
-            elif kind == b"+":
-                self._waiting.add(name)
-            elif kind == b"/" and not self.next and name.isdigit():
-                self.next, self.closer = int(name), rest
+    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
+        if kind == b"?":
+            if name in self.owners:
+                self.copies[name] += 1
+            elif not self.next:
+                self.owners[name] = rest
+        elif kind == b">":
+            owner, _, dead = rest.partition(b" ")
+            if self.owners.get(name) == dead:
+                self.owners[name] = owner
+        elif kind == b"+":
+            self._waiting.add(name)
+        elif kind == b"/" and not self.next and name.isdigit():
+            self.next, self.closer = int(name), rest
 
 
 class _Answers(_Records):
@@ -121,12 +131,11 @@ class _Answers(_Records):
         self.parts: dict[bytes, bytes] = {}  # by the names of messages
         self.late: set[bytes] = set()
 
-    def take(self, records: list[_Words]) -> None:
-        for kind, name, rest in records:
-            if kind == b"=":
-                self.parts.setdefault(name, rest)
-            elif kind == b"!" and name not in self.parts:
-                self.late.add(name)
+    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
+        if kind == b"=":
+            self.parts.setdefault(name, rest)
+        elif kind == b"!" and name not in self.parts:
+            self.late.add(name)
 
 
 class _File:
