@@ -55,7 +55,7 @@ ENCRYPTED, ONCE = "wxserver, encrypted", "wxserver, once"
 MSG_ID = b"24500000000000001"
 SHM = "/dev/shm"  # tmpfs
 CONNECTIONS = 16
-TURNS = 6  # of each server in a round: its ratio to another is taken within a second or two
+TURNS = 3  # of each server in a round: its ratio to another is taken within a second or two
 REUSE = {"kept": 20, "new": 1}  # requests a connection
 PEERS = {"WeRoBot": "peer_werobot", "wechatpy + Flask": "peer_wechatpy"}
 
@@ -347,7 +347,7 @@ async def slow_replies(server: Server, followers: int, seconds: int = 12) -> lis
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="default: 12")
+    parser.add_argument("--rounds", type=int, default=24, help="default: 24")
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, default: 0.2")
     parser.add_argument("--followers", type=int, default=60, help="who ask at once, default: 60")
     parser.add_argument("--peers", type=Path, help="a gunicorn beside WeRoBot, wechatpy and Flask")
