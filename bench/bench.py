@@ -290,8 +290,10 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
+        event = wxmessage.to_xml(wxsim_messages.make("subscribe", "o9AgO5Kd5ggOC", time.time()))
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
+            "POST, an event": (calls(plain, "POST", query(), event), 1000),
             "… once, on tmpfs": (calls(claimed(shm), "POST", query(), BODY), 1000),
             "… once, on disk": (calls(claimed(folder), "POST", query(), BODY), 1000),
             "POST, encrypted": (calls(safe, "POST", *message(encrypted=True)), 1000),
