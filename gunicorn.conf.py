@@ -41,6 +41,18 @@ logging.basicConfig(
 )
 
 
+def _without_request(record: logging.LogRecord) -> bool:
+    """Take out of a line about a malformed request what was sent, which may hold a secret."""
+    line = record.getMessage()
+    if line.startswith(("Invalid request from", "Error handling request")):
+        # "Invalid request from ip=ADDRESS: Invalid HTTP request line: '…'", "… request GET /wx?…"
+        record.msg, record.args = ": ".join(line.split(": ")[:2]).partition("?")[0], ()
+    return True
+
+
+logging.getLogger("gunicorn.error").filters = [_without_request]  # and no second one on a reload
+
+
 def on_starting(_server: Any) -> None:
     """Let a wrong config.ini stop the start with one line, before there is a worker."""
     import wxconfig

@@ -34,7 +34,7 @@ class Config:
     encryption: str = ""  # safe when there is a key, else plain
     path: str = "/wx"
     max_age: int = 300  # seconds
-    max_body: int = 1048576  # bytes
+    max_body: int = 262144  # bytes
     state_dir: Path = HERE / "state"
     endpoint: str = "stable_token"
     margin: int = 240  # seconds
@@ -239,6 +239,26 @@ def _list(names: Mapping[str, object]) -> str:
     return ", ".join(names)
 
 
+def make_state_dir(config: Config) -> None:
+    """Make ``state_dir``, which its owner alone may enter (0700), whatever the umask.
+
+    One that is there stays as it is.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        config.state_dir.parent.mkdir(parents=True, exist_ok=True)
+        config.state_dir.mkdir(mode=0o700)
+        config.state_dir.chmod(0o700)  # the umask may have taken something away
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(
+            f"[server] state_dir: {config.state_dir}: {error.strerror or error}"
+        ) from None
+
+
 def callback_token(config: Config) -> str:
     """Return the callback Token: the configured one, else this server's own.
 
@@ -254,9 +274,9 @@ def callback_token(config: Config) -> str:
         return config.token
     if config.redis:
         raise ConfigError("[wechat] token: with [shared] redis set it, the same on every machine")
+    make_state_dir(config)
     path = config.state_dir / "callback_token"
     try:
-        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "r+", encoding="ascii", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

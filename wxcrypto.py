@@ -9,14 +9,12 @@ import base64
 import hashlib
 import hmac
 import os
-import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wxconfig import Config
 
 BLOCK = 32  # bytes; the platform pads to twice the block of AES
-_PADDING = [bytes([size]) * size for size in range(BLOCK + 1)]
 
 
 class DecryptError(ValueError):
@@ -26,12 +24,15 @@ class DecryptError(ValueError):
 def sign(token: str, *parts: str) -> str:
     """Return WeChat's signature: 40 hex digits of SHA-1 over Token and parts, sorted and joined.
 
-    ``parts`` are timestamp and nonce as they stand in the query. The platform sorts bytes;
-    Python sorts code points, which is the same order in UTF-8.
+    Args:
+        token: the callback's Token.
+        parts: timestamp and nonce as they stand in the query; of an encrypted message its Encrypt
+            too. The platform sorts bytes; Python sorts code points, the same order in UTF-8.
     """
-    return hashlib.sha1(
-        "".join(sorted((token, *parts))).encode(), usedforsecurity=False
-    ).hexdigest()
+    digest = hashlib.sha1(usedforsecurity=False)
+    for part in sorted((token, *parts)):  # one by one: an Encrypt is not copied whole
+        digest.update(part.encode())
+    return digest.hexdigest()
 
 
 def verify(signature: str, token: str, *parts: str) -> bool:
@@ -42,13 +43,32 @@ def verify(signature: str, token: str, *parts: str) -> bool:
     return bool(token) and hmac.compare_digest(sign(token, *parts).encode(), signature.encode())
 
 
+def find_encrypt(body: bytes) -> str:
+    """Return the Encrypt of an encrypted message, before anything is known of its sender.
+
+    It is the last one: in compatible mode the readable message, in which a follower may have typed
+    anything, stands before it.
+
+    Raises:
+        DecryptError: there is none.
+    """
+    start = body.rfind(b"<Encrypt>")
+    end = body.find(b"</Encrypt>", start)
+    if start < 0 or end < 0:
+        raise DecryptError("the body has no Encrypt")
+    encrypt = body[start + len(b"<Encrypt>") : end].strip()
+    return encrypt.removeprefix(b"<![CDATA[").removesuffix(b"]]>").decode("latin-1")
+
+
+def envelope(encrypt: str, token: str, nonce: str, now: float) -> dict[str, str | int]:
+    """Return the fields of an encrypted answer; ``now``: Unix time in seconds."""
+    timestamp = int(now)
+    signature = sign(token, str(timestamp), nonce, encrypt)
+    return {"Encrypt": encrypt, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
+
+
 class MessageCipher:
     """Encrypts and decrypts the messages of one account, with AES-256-CBC of ``cryptography``.
-
-    To set AES up takes longer than to use it, so that is done once for all messages. In CBC a block
-    depends on the one before, which for the first one is the key's first half: a decryptor that has
-    worked before is given that first and what comes of it is thrown away. An encryptor is not: it
-    goes on from the last block, which makes the 16 bytes that have to be random anyway.
 
     Args:
         encoding_aes_key: the console's EncodingAESKey, 43 characters.
@@ -65,19 +85,16 @@ class MessageCipher:
         if len(encoding_aes_key) != 43 or not appid:
             raise ValueError("an EncodingAESKey of 43 characters and an AppID are needed")
         key = base64.b64decode(encoding_aes_key + "=", validate=True)
-        self._iv, self._appid = key[:16], appid.encode()
-        self._cipher = Cipher(algorithms.AES(key), modes.CBC(self._iv))
-        self._decryptor, self._encryptor = self._cipher.decryptor(), self._cipher.encryptor()
-        self._encryptor.update(os.urandom(16))
-        self._lock = threading.Lock()
+        self._aes = Cipher(algorithms.AES(key), modes.CBC(key[:16]))
+        self._appid = appid.encode()
 
     def encrypt(self, message: bytes, random: bytes = b"") -> str:
         """Return the Encrypt of ``message``; ``random`` is 16 bytes, new ones by default."""
-        content = (random or bytes(16)) + len(message).to_bytes(4, "big") + message + self._appid
-        padding = _PADDING[BLOCK - len(content) % BLOCK]
-        with self._lock:
-            encryptor = self._cipher.encryptor() if random else self._encryptor
-            data = encryptor.update(content + padding)
+        content = (random or os.urandom(16)) + len(message).to_bytes(4, "big") + message
+        content += self._appid
+        pad = BLOCK - len(content) % BLOCK
+        encryptor = self._aes.encryptor()
+        data = encryptor.update(content + bytes([pad]) * pad) + encryptor.finalize()
         return base64.b64encode(data).decode()
 
     def decrypt(self, encrypt: str) -> bytes:
@@ -92,10 +109,10 @@ class MessageCipher:
             raise DecryptError("Encrypt is not base64") from None
         if not data or len(data) % BLOCK:
             raise DecryptError(f"Encrypt is not whole blocks of {BLOCK} bytes")
-        with self._lock:
-            data = self._decryptor.update(self._iv + data)[16:]
+        decryptor = self._aes.decryptor()
+        data = decryptor.update(data) + decryptor.finalize()
         pad = data[-1]
-        if not 1 <= pad <= BLOCK or not data.endswith(_PADDING[pad]):
+        if not 1 <= pad <= BLOCK or not data.endswith(bytes([pad]) * pad):
             raise DecryptError("wrong padding; is encoding_aes_key the one in WeChat's console?")
         content = data[16:-pad]  # the first 16 bytes are random
         end = 4 + int.from_bytes(content[:4], "big")

@@ -6,10 +6,11 @@ leaf a str. Sources of the rules: the platform's 接收普通消息, 接收事�
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Sequence
-from typing import Any, TypeAlias
-from xml.parsers import expat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
 Reply: TypeAlias = str | Message | None
@@ -18,109 +19,220 @@ MAX_TEXT = 2048  # bytes of UTF-8 in a text reply; the platform drops a longer o
 MAX_PARTS = 10  # messages that a longer text may go on in
 MAX_ARTICLES = 8  # in a news reply to an event; in one to a message it is 1
 MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far below
+MAX_STEPS = 10_000  # tags that are looked at to read one body; WeChat's messages have some dozens
 
-_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A follower's text as WeChat writes it. Most messages are one.
-_TEXT = re.compile(
-    rb"[\t\n ]*".join(
-        [
-            rb"<xml>",
-            rb"<ToUserName><!\[CDATA\[([^]]*)\]\]></ToUserName>",
-            rb"<FromUserName><!\[CDATA\[([^]]*)\]\]></FromUserName>",
-            rb"<CreateTime>([0-9]*)</CreateTime>",
-            rb"<MsgType><!\[CDATA\[text\]\]></MsgType>",
-            rb"<Content><!\[CDATA\[([^]]*)\]\]></Content>",
-            rb"<MsgId>([0-9]*)</MsgId>",
-            rb"</xml>",
-            rb"",
-        ]
-    )
+# The fields that a follower is known to fill. There are others: when it is unclear to which field a
+# text belongs, these are only preferred.
+FILLED_BY_FOLLOWERS = frozenset(
+    {"Content", "Title", "Description", "Url", "Label", "Poiname", "Recognition", "ScanResult"}
 )
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+_PROLOG = re.compile(r"\ufeff?\s*(?:<\?xml\s[^>]*\?>\s*)?(?=<xml[\s/>])")
+# One of: an end tag; an empty element; a start tag and <![CDATA[; a bare text between its two
+# tags; a start tag. Attributes are passed over, for WeChat sends none.
+_TAG = re.compile(
+    rf"\s*<(?:/({_NAME.pattern})>"
+    rf"|({_NAME.pattern})(?:\s[^<>]*?)?(?:(/)>|>(?:(<!\[CDATA\[)|([^<]*)</\2>)?))",
+    re.ASCII,
+)
+_ESCAPED_END = "]]]]><![CDATA[>"  # of a CDATA section, in the text of a sender that escapes it
 
 
 class MessageError(ValueError):
     """The bytes are no message of WeChat's. The text says why and quotes nothing of them."""
 
 
-def from_xml(body: bytes) -> Message:
-    """Read ``<xml>…</xml>`` in UTF-8 into a dict.
+class _Element(NamedTuple):
+    name: str
+    position: int  # of its start tag, which tells it from others of its name
+    is_repeated: bool  # it is in an element of the message itself that is not the first of its name
 
-    Attributes, and text beside child elements, are dropped; WeChat sends neither.
+
+_Path: TypeAlias = tuple[_Element, ...]
+
+
+@dataclass(slots=True)
+class _Leaf:
+    """A text of the body: a CDATA section, or a bare one, which has no other ends."""
+
+    parents: _Path
+    name: str
+    start: int
+    end: int
+    other_ends: Iterator[int] | None = None
+
+
+def from_xml(body: bytes) -> Message:
+    """Read ``<xml>…</xml>`` into a dict.
+
+    WeChat puts what a follower typed into a CDATA section as it is, be it a control character,
+    ``]]></Content>`` or a whole message. All of that is text here: bytes that are not UTF-8 are
+    replaced, characters that XML 1.0 forbids are dropped, and a CDATA section ends where the rest
+    of the body makes sense. Every end of line becomes LF.
 
     Raises:
-        MessageError: not well-formed, not UTF-8, a DOCTYPE (so no entities either), nested
-            deeper than ``MAX_DEPTH``, or a root other than ``xml``.
+        MessageError: the body is not WeChat's XML. The text says what it looks like instead.
     """
-    return _text(body) or _tree(body)
-
-
-def _text(body: bytes) -> Message | None:
-    """Read a follower's text as ``_tree`` does, at a sixth of the cost; None for any other body."""
-    if not (usual := _TEXT.fullmatch(body)):
-        return None
-    account, follower, created, content, msg_id = usual.groups()
-    try:
-        account, follower, content = account.decode(), follower.decode(), content.decode()
-    except UnicodeDecodeError:
-        return None
-    if not (account + follower + content).isprintable():  # XML may forbid or change the rest
-        return None
-    return {
-        "ToUserName": account,
-        "FromUserName": follower,
-        "CreateTime": created.decode(),
-        "MsgType": "text",
-        "Content": content,
-        "MsgId": msg_id.decode(),
-    }
-
-
-def _tree(body: bytes) -> Message:
-    if b"\0" in body:  # else expat takes it for UTF-16, whatever it is told
-        raise MessageError("not UTF-8")
-    stack: list[Message] = [{}]
-    chunks: list[str] = []
-
-    def start(_name: str, _attributes: dict[str, str]) -> None:
-        if len(stack) > MAX_DEPTH:
-            raise MessageError(f"elements are nested deeper than {MAX_DEPTH}")
-        stack.append({})
-        chunks.clear()
-
-    def end(name: str) -> None:
-        value: Any = stack.pop() or "".join(chunks)
-        parent = stack[-1]
-        if name not in parent:
-            parent[name] = value
-        elif isinstance(parent[name], list):
-            parent[name].append(value)
-        else:
-            parent[name] = [parent[name], value]
-
-    parser = expat.ParserCreate("UTF-8")
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = chunks.append
-    parser.XmlDeclHandler = _check_encoding
-    parser.StartDoctypeDeclHandler = _refuse_doctype
-    try:
-        parser.Parse(body, True)
-    except expat.ExpatError as error:
-        raise MessageError(f"not well-formed XML: {error}") from None
-    root = stack[0].get("xml")
-    if root is None:
-        raise MessageError("the root element is not xml")
+    text = _NOT_XML.sub("", body.decode(errors="replace"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    prolog = _PROLOG.match(text)
+    if not prolog:
+        raise MessageError(f"the body is {_description(text)}")
+    root = _read(text, prolog.end())["xml"]
     return root if isinstance(root, dict) else {}
 
 
-def _check_encoding(_version: str, encoding: str | None, _standalone: int) -> None:
-    if encoding and encoding.lower() not in ("utf-8", "utf8"):
-        raise MessageError("the declared encoding is not UTF-8")
+def _read(text: str, start: int) -> Message:
+    """Read the element at ``start``, after which nothing may follow in ``text``.
+
+    A CDATA section is first taken to end where it can. Where the reading cannot go on, the last
+    section that may also end elsewhere does so, and the reading goes on from there. Of all readings
+    the simplest is right.
+
+    Raises:
+        MessageError: there is none.
+    """
+    leaves: list[_Leaf] = []
+    parents: _Path = ()
+    position, message, lowest_cost = start, None, (0, 0, 0)
+    for _ in range(MAX_STEPS):
+        place = None
+        if message is None or _cost(text, leaves) < lowest_cost:
+            if parents or not leaves:
+                place = _read_tag(text, position, parents, leaves)
+            elif not text[position:].strip():
+                message, lowest_cost = _tree(text, leaves), _cost(text, leaves)
+        place = place or _end_elsewhere(leaves)
+        if not place:
+            break
+        parents, position = place
+    if message is None:
+        raise MessageError("the body is not WeChat's XML")
+    return message
 
 
-def _refuse_doctype(*_: object) -> None:
-    raise MessageError("a DOCTYPE is not allowed")
+def _cost(text: str, leaves: list[_Leaf]) -> tuple[int, int, int]:
+    """Return how far a reading is from the simplest one.
+
+    Few texts look like XML, above all few that no follower is known to type, and there are few
+    elements: what can be a part of a text is one.
+    """
+    marked = [leaf.name for leaf in leaves if text.find("]]>", leaf.start, leaf.end) >= 0]
+    return sum(name not in FILLED_BY_FOLLOWERS for name in marked), len(marked), len(leaves)
+
+
+def _read_tag(
+    text: str, position: int, parents: _Path, leaves: list[_Leaf]
+) -> tuple[_Path, int] | None:
+    """Read one tag, and the leaf that it begins.
+
+    Returns:
+        The elements that are open after it, and the position; None if the tag cannot stand here,
+        or if it begins a CDATA section, whose end has still to be chosen.
+    """
+    if not (tag := _TAG.match(text, position)):
+        return None
+    end_tag, name, is_empty, is_cdata, bare = tag.groups()
+    if end_tag:
+        return (parents[:-1], tag.end()) if end_tag == parents[-1].name else None
+    if is_cdata:
+        if parents and not _is_typed(name, parents, leaves):
+            start = tag.end()
+            leaves.append(_Leaf(parents, name, start, start, _ends(text, name, start)))
+        return None
+    if is_empty or (bare is not None and "]]>" not in bare):
+        leaves.append(_Leaf(parents, name, *tag.span(5)))
+        return parents, tag.end()
+    if bare is not None or len(parents) > MAX_DEPTH:
+        return None
+    if len(parents) == 1:
+        is_repeated = any((*leaf.parents, leaf)[1].name == name for leaf in leaves)
+    else:
+        is_repeated = bool(parents) and parents[-1].is_repeated
+    return (*parents, _Element(name, position, is_repeated)), tag.end()
+
+
+def _is_typed(name: str, parents: _Path, leaves: list[_Leaf]) -> bool:
+    """Tell whether a CDATA section that seems to begin here is a part of what a follower typed.
+
+    WeChat never puts a CDATA section beside one of the same name, nor into an element of the
+    message itself whose name is repeated. ``to_xml`` writes such lists without CDATA.
+    """
+    if parents[-1].is_repeated:
+        return True
+    return any(leaf.name == name and leaf.parents == parents for leaf in leaves)
+
+
+def _end_elsewhere(leaves: list[_Leaf]) -> tuple[_Path, int] | None:
+    """Let the last CDATA section that has another place to end do so; return as ``_read_tag``."""
+    while leaves:
+        leaf = leaves[-1]
+        if leaf.other_ends and (end := next(leaf.other_ends, None)) is not None:
+            leaf.end = end
+            return leaf.parents, end + len(f"]]></{leaf.name}>")
+        leaves.pop()
+    return None
+
+
+def _ends(text: str, name: str, start: int) -> Iterator[int]:
+    """Yield where a CDATA section of ``name`` that begins at ``start`` may end.
+
+    The ends that leave open no other section of the name come first, for a follower may have pasted
+    a whole message.
+    """
+    end_mark, start_mark = f"]]></{name}>", f"<{name}><![CDATA["
+    others, open_sections, position = [], 0, start
+    while (end := text.find(end_mark, position)) >= 0:
+        open_sections += text.count(start_mark, position, end)
+        position = end + len(end_mark)
+        if open_sections:
+            open_sections -= 1
+            others.append(end)
+        else:
+            yield end
+    yield from reversed(others)
+
+
+def _tree(text: str, leaves: list[_Leaf]) -> Message:
+    """Return the leaves as nested dicts and lists."""
+    root: Message = {}
+    nodes: dict[_Path, Message] = {(): root}
+    for leaf in leaves:
+        for depth in range(len(leaf.parents)):
+            path = leaf.parents[: depth + 1]
+            if path not in nodes:
+                nodes[path] = {}
+                _add(nodes[path[:-1]], path[-1].name, nodes[path])
+        value = text[leaf.start : leaf.end]
+        is_cdata = leaf.other_ends is not None
+        value = value.replace(_ESCAPED_END, "]]>") if is_cdata else html.unescape(value)
+        _add(nodes[leaf.parents], leaf.name, value)
+    return root
+
+
+def _add(fields: Message, name: str, value: Any) -> None:
+    if name not in fields:
+        fields[name] = value
+    elif isinstance(fields[name], list):
+        fields[name].append(value)
+    else:
+        fields[name] = [fields[name], value]
+
+
+def _description(text: str) -> str:
+    """Say what a body looks like that does not begin as WeChat's XML."""
+    start = text.lstrip("\ufeff \t\n")[:500].lower()
+    if not start:
+        return "empty"
+    if start[0] in "{[":
+        return "JSON; choose XML as 数据格式 in the console"
+    if "<html" in start or start.startswith("<!doctype html"):
+        return "an HTML page"
+    if "<!doctype" in start:
+        return "XML with a DOCTYPE, which is not allowed"
+    return "not WeChat's XML"
 
 
 def to_xml(message: Message) -> bytes:
@@ -134,30 +246,32 @@ def to_xml(message: Message) -> bytes:
         ValueError: a key that cannot be the name of an element.
         TypeError: a value that is no str, int, dict, or list of these.
     """
-    return f"<xml>{_elements(message)}</xml>".encode()
+    return f"<xml>{''.join(_element(*field, top=True) for field in message.items())}</xml>".encode()
 
 
-def _elements(fields: Message) -> str:
-    parts: list[str] = []
-    for name, value in fields.items():
-        # The regex alone would do; WeChat's own names all pass the quicker test before it.
-        if not (name.isascii() and name.isidentifier()) and not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of an XML element")
-        if isinstance(value, str):
-            # First of all: without what is dropped, a new "]]>" may stand there.
-            content = value if value.isprintable() else _NOT_XML.sub("", value)
-            if "]]>" in content:
-                content = content.replace("]]>", "]]]]><![CDATA[>")
-            parts.append(f"<{name}><![CDATA[{content}]]></{name}>")
-        elif type(value) is int:
-            parts.append(f"<{name}>{value}</{name}>")
-        elif isinstance(value, dict):
-            parts.append(f"<{name}>{_elements(value)}</{name}>")
-        elif isinstance(value, list):
-            parts += [_elements({name: item}) for item in value]
+def _element(name: str, value: Any, *, top: bool = False, bare: bool = False) -> str:
+    """Write one element, or one for each item of a list; ``bare``: without CDATA."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be the name of an XML element")
+    if isinstance(value, str):
+        # First of all: without the characters that are dropped, a new "]]>" may stand there.
+        content = _NOT_XML.sub("", value)
+        if bare:
+            content = html.escape(content, quote=False)
         else:
-            raise TypeError(f"{name} is a {type(value).__name__}, not a str, int, dict or list")
-    return "".join(parts)
+            content = f"<![CDATA[{content.replace(']]>', _ESCAPED_END)}]]>"
+    elif type(value) is int:
+        content = str(value)
+    elif isinstance(value, dict):
+        content = "".join(_element(*field, bare=bare) for field in value.items())
+    elif isinstance(value, list):
+        # Repeated CDATA is read as something that a follower typed.
+        return "".join(
+            _element(name, item, bare=bare or top or isinstance(item, str)) for item in value
+        )
+    else:
+        raise TypeError(f"{name} is a {type(value).__name__}, not a str, int, dict or list")
+    return f"<{name}>{content}</{name}>"
 
 
 def check(message: Message) -> None:
@@ -197,8 +311,6 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
     """
     if reply is None:
         return []
-    if isinstance(reply, str) and (usual := _usual(message, reply, now)):
-        return [usual]
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
@@ -208,9 +320,7 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
     if kind == "text":
         if not isinstance(fields.get("Content"), str):
             raise ValueError("the text reply has no Content")
-        content = fields["Content"]
-        if not content.isprintable():
-            content = _NOT_XML.sub("", content)
+        content = _NOT_XML.sub("", fields["Content"])
         if not content:
             return []
         texts = _split(content, more)
@@ -223,22 +333,6 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
     }
     whole = {**whole, **fields, **whole}  # these three first, and never the reply's own
     return [to_xml({**whole, "Content": part}) for part in texts] or [to_xml(whole)]
-
-
-def _usual(message: Message, content: str, now: float) -> bytes | None:
-    """Write the usual answer, a short text with nothing to escape; None for any other.
-
-    It writes what ``to_xml`` writes, at a quarter of the cost.
-    """
-    follower, account = message["FromUserName"], message["ToUserName"]
-    all_texts = follower + account + content
-    if not all_texts.isprintable() or "]]>" in all_texts or not 0 < len(content) <= MAX_TEXT / 4:
-        return None
-    return (
-        b"<xml><ToUserName><![CDATA[%b]]></ToUserName><FromUserName><![CDATA[%b]]></FromUserName>"
-        b"<CreateTime>%d</CreateTime><MsgType><![CDATA[text]]></MsgType>"
-        b"<Content><![CDATA[%b]]></Content></xml>"
-    ) % (follower.encode(), account.encode(), now, content.encode())
 
 
 def _split(content: str, more: str) -> list[str]:

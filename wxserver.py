@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import parse_qsl
 
 import reply
 import wxconfig
@@ -39,33 +39,26 @@ UNAVAILABLE = "503 Service Unavailable"
 METHOD_NOT_ALLOWED = "405 Method Not Allowed"
 CONTENT_TOO_LARGE = "413 Content Too Large"
 
-# What a query needs, and how it looks. Of an encrypted message msg_signature is what counts: it
-# covers the body, and signature does not.
+# The parameters of a query that are used, and what they look like.
 _HEX = re.compile("[0-9a-f]{40}")
-_DATED = {"timestamp": re.compile("[0-9]{1,11}"), "nonce": re.compile("[!-~]{1,128}")}
-_SIGNED = {"signature": _HEX} | _DATED
-_ENCRYPTED = {"msg_signature": _HEX} | _DATED
-_VERIFICATION = _SIGNED | {"echostr": re.compile("[\x00-\xff]{1,1024}")}  # any bytes, as latin-1
-# The query of a message as WeChat writes it, with nothing to decode and nothing twice.
-_USUAL = re.compile(
-    "signature=(?P<signature>[0-9a-f]{40})&timestamp=(?P<timestamp>[0-9]{1,11})"
-    "&nonce=(?P<nonce>[0-9]{1,128})(?:&openid=[A-Za-z0-9_-]*)?"
-    "(?:&encrypt_type=(?P<encrypt_type>aes)&msg_signature=(?P<msg_signature>[0-9a-f]{40}))?"
-)
+_PARAMETERS = {
+    "signature": _HEX,
+    "msg_signature": _HEX,
+    "timestamp": re.compile("[0-9]{1,11}"),
+    "nonce": re.compile("[!-~]{1,128}"),
+    "echostr": re.compile("[\x00-\xff]{1,1024}"),  # any bytes, as latin-1
+}
+MAX_PARAMETERS = 50  # WeChat sends six
 _METHODS = ("GET", "POST")
-# The body of an encrypted message as WeChat writes it.
-_ENVELOPE = re.compile(
-    rb"<xml>[\t\n ]*<ToUserName><!\[CDATA\[\w*\]\]></ToUserName>"
-    rb"[\t\n ]*<Encrypt><!\[CDATA\[([A-Za-z0-9+/=]*)\]\]></Encrypt>[\t\n ]*</xml>[\t\n ]*"
-)
-
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
 # The sign at the end of a text that goes on elsewhere, by [reply] late.
 _MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}
 
-_TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
-_XML = [("Content-Type", "application/xml")]
+Headers: TypeAlias = list[tuple[str, str]]
+Response: TypeAlias = tuple[Headers, bytes]  # of a 200
+_TEXT: Headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
+_XML: Headers = [("Content-Type", "application/xml")]
 
 
 class Refused(Exception):
@@ -92,67 +85,73 @@ def create_application(
         ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
             ``encryption`` or Redis needs a package that is not installed.
     """
-    cipher = wxcrypto.from_config(config)
-    token = wxconfig.callback_token(config)
-    once = _once(config, clock) if config.once else None
-    more = _MORE[config.late] if once else ""
+    cipher, token = wxcrypto.from_config(config), wxconfig.callback_token(config)
+    answer = _answerer(config, reply, clock)
 
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        status, headers, now = "200 OK", _TEXT, clock()
-        try:
-            method = _route(environ, config.path)
-            query = _query(environ.get("QUERY_STRING", ""), method, cipher is not None)
-            sealed = cipher if query.get("encrypt_type") == "aes" else None
-            if method == "GET":
-                _gate(query, query["signature"], config.max_age, now, token)
-                body = query["echostr"].encode("latin-1")
-            elif config.encryption == "safe" and not sealed:
-                raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")
-            else:
-                if sealed:
-                    encrypt = _encrypt(_body(environ, config.max_body))
-                    _gate(query, query["msg_signature"], config.max_age, now, token, encrypt)
-                    xml = sealed.decrypt(encrypt)
-                else:
-                    _gate(query, query["signature"], config.max_age, now, token)
-                    xml = _body(environ, config.max_body)
-                message = wxmessage.from_xml(xml)
-                wxmessage.check(message)
-                run = partial(_run, message, reply, clock, more)
-                made = once.answer(message, run) if once else b"".join(run())
-                if made is None:
-                    raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
-                headers, body = (_XML, made) if made else (_TEXT, b"success")  # no reply
-                if sealed and headers is _XML:  # success stays in the clear
-                    body = _envelope(sealed.encrypt(body), token, query["nonce"], now)
-        except (Refused, MessageError, DecryptError) as error:
-            status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
-            body = f"{status}\n".encode()
-            log.warning("%s: %s", status, error)
-            if status == METHOD_NOT_ALLOWED:
-                headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
-        start_response(status, [*headers, ("Content-Length", str(len(body)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+    def respond(environ: WSGIEnvironment) -> Response:
+        method = _route(environ, config.path)
+        query = _query(environ)
+        check_signature = partial(_check_signature, query, token, clock(), config.max_age)
+        if method == "GET":
+            check_signature("signature")
+            return _TEXT, _parameter(query, "echostr").encode("latin-1")
 
+        message_cipher = cipher if query.get("encrypt_type") == "aes" else None
+        if message_cipher:
+            _parameter(query, "msg_signature")  # before the body is read
+            encrypt = wxcrypto.find_encrypt(_body(environ, config.max_body))
+            check_signature("msg_signature", encrypt)
+            xml = message_cipher.decrypt(encrypt)
+        elif config.encryption == "safe":
+            raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")
+        else:
+            check_signature("signature")
+            xml = _body(environ, config.max_body)
+
+        message = wxmessage.from_xml(xml)
+        wxmessage.check(message)
+        xml = answer(message)
+        if not xml:
+            return _TEXT, b"success"  # no reply; it is never encrypted
+        if message_cipher:
+            encrypt = message_cipher.encrypt(xml)
+            xml = wxmessage.to_xml(wxcrypto.envelope(encrypt, token, query["nonce"], clock()))
+        return _XML, xml
+
+    application = _wsgi(respond)
     return _with_central(application, config) if config.central else application
 
 
-def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
-    """Let the requests for the access_token go to token_service.py."""
-    import token_service
-
-    service = token_service.from_config(config)
+def _wsgi(respond: Callable[[WSGIEnvironment], Response]) -> WSGIApplication:
+    """Make a WSGI callable of ``respond``; every refusal becomes an HTTP answer here."""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ.get("PATH_INFO") not in wxconfig.CENTRAL_PATHS:
-            return callback(environ, start_response)
         try:
-            status, headers, body = service.answer(environ, lambda: _body(environ, config.max_body))
-        except Refused as error:
-            status, headers, body = error.status, _TEXT, f"{error.status}\n".encode()
+            status, (headers, body) = "200 OK", respond(environ)
+        except (Refused, MessageError, DecryptError) as error:
+            status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
+            headers, body = _TEXT, f"{status}\n".encode()
+            if status == METHOD_NOT_ALLOWED:
+                headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
             log.warning("%s: %s", status, error)
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    return application
+
+
+def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
+    """Send the requests for the access_token to token_service.py."""
+    import token_service
+
+    service = token_service.from_config(config)
+    central = _wsgi(
+        lambda environ: service.respond(environ, partial(_body, environ, config.max_body))
+    )
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        is_central = environ.get("PATH_INFO") in wxconfig.CENTRAL_PATHS
+        return (central if is_central else callback)(environ, start_response)
 
     return application
 
@@ -167,32 +166,44 @@ def _route(environ: WSGIEnvironment, path: str) -> str:
     return method
 
 
-def _query(query_string: str, method: str, has_cipher: bool) -> dict[str, str]:
-    """Return the parameters; of those that the request needs, each is there and well-formed."""
-    if method == "POST" and (usual := _USUAL.fullmatch(query_string)):
-        return usual.groupdict()
-    query: dict[str, str] = {}
-    for pair in query_string.split("&"):
-        name, _, value = pair.partition("=")
-        if name in query:
-            raise Refused(BAD_REQUEST, f"{name[:20]!r} is repeated")
-        query[name] = value
-    if "%" in query_string or "+" in query_string:
-        query = {name: unquote_plus(value, "latin-1") for name, value in query.items()}
-    sealed = has_cipher and query.get("encrypt_type") == "aes"
-    needed = _VERIFICATION if method == "GET" else _ENCRYPTED if sealed else _SIGNED
-    for name, pattern in needed.items():
-        if not pattern.fullmatch(query.get(name, "")):
-            raise Refused(BAD_REQUEST, f"{name} is {'malformed' if name in query else 'missing'}")
+def _query(environ: WSGIEnvironment) -> dict[str, str]:
+    """Return the parameters, none of which may be repeated."""
+    try:
+        pairs = parse_qsl(
+            environ.get("QUERY_STRING", ""),
+            keep_blank_values=True,
+            encoding="latin-1",
+            max_num_fields=MAX_PARAMETERS,
+        )
+    except ValueError:
+        raise Refused(BAD_REQUEST, f"more than {MAX_PARAMETERS} parameters") from None
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise Refused(BAD_REQUEST, "a parameter is repeated")
     return query
 
 
-def _gate(
-    query: dict[str, str], signature: str, max_age: int, now: float, token: str, *parts: str
+def _parameter(query: dict[str, str], name: str) -> str:
+    if not _PARAMETERS[name].fullmatch(query.get(name, "")):
+        raise Refused(BAD_REQUEST, f"{name} is {'malformed' if name in query else 'missing'}")
+    return query[name]
+
+
+def _check_signature(
+    query: dict[str, str], token: str, now: float, max_age: int, name: str, *encrypt: str
 ) -> None:
-    """Let nobody in but WeChat, and nothing signed more than ``max_age`` seconds from now."""
-    timestamp = query["timestamp"]
-    if not wxcrypto.verify(signature, token, timestamp, query["nonce"], *parts):
+    """Let nobody in but WeChat, and nothing signed more than ``max_age`` seconds from now.
+
+    Args:
+        query: has timestamp, nonce and the signature.
+        token: the callback's Token.
+        now: Unix time in seconds.
+        max_age: in seconds; 0 lets in what is older, too.
+        name: signature, or msg_signature, which covers ``encrypt`` as well.
+        encrypt: the Encrypt of an encrypted message.
+    """
+    signature, timestamp, nonce = (_parameter(query, each) for each in (name, "timestamp", "nonce"))
+    if not wxcrypto.verify(signature, token, timestamp, nonce, *encrypt):
         raise Refused(FORBIDDEN, "wrong signature; is the Token the one in WeChat's console?")
     age = now - int(timestamp)
     if max_age and abs(age) > max_age:
@@ -225,13 +236,24 @@ def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
     return body
 
 
-def _encrypt(body: bytes) -> str:
-    if usual := _ENVELOPE.fullmatch(body):
-        return usual[1].decode()
-    encrypt = wxmessage.from_xml(body).get("Encrypt")
-    if not isinstance(encrypt, str):
-        raise Refused(FORBIDDEN, "the body has no Encrypt")
-    return encrypt
+def _answerer(
+    config: Config, reply: Callable[[Message], Reply], clock: Callable[[], float]
+) -> Callable[[Message], bytes]:
+    """Return what makes the XML of the answer to a message, empty for none.
+
+    It raises Refused when ``reply()`` outlasts WeChat's patience, so that WeChat asks again.
+    """
+    if not config.once:
+        return lambda message: b"".join(_run(message, reply, clock, ""))
+    once, more = _once(config, clock), _MORE[config.late]
+
+    def answer(message: Message) -> bytes:
+        xml = once.answer(message, partial(_run, message, reply, clock, more))
+        if xml is None:
+            raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
+        return xml
+
+    return answer
 
 
 def _run(
@@ -272,6 +294,7 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
     else:
         import reply_journal
 
+        wxconfig.make_state_dir(config)
         answers = reply_journal.Journal(config.state_dir / "replies")
     return reply_once.ReplyOnce(
         answers,
@@ -281,15 +304,6 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
         typing=typing,
         clock=clock,
     )
-
-
-def _envelope(encrypt: str, token: str, nonce: str, now: float) -> bytes:
-    timestamp, nonce = str(int(now)), nonce.replace("]", "")  # which could end the CDATA
-    signature = wxcrypto.sign(token, timestamp, nonce, encrypt)
-    return (
-        f"<xml><Encrypt><![CDATA[{encrypt}]]></Encrypt><MsgSignature><![CDATA[{signature}]]>"
-        f"</MsgSignature><TimeStamp>{timestamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>"
-    ).encode()
 
 
 def __getattr__(name: str) -> Any:

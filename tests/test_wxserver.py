@@ -205,14 +205,14 @@ def bare(body: io.BytesIO, reply: Any = lambda message: message["Content"], **en
 
 
 def test_a_body_over_max_body_is_413_without_reading_it() -> None:
-    assert bare(Unread(), CONTENT_LENGTH="1048577") == "413"
+    assert bare(Unread(), CONTENT_LENGTH="262145") == "413"
     assert bare(Unread(), CONTENT_LENGTH="9" * 18) == "413"
 
 
 def test_a_chunked_body_is_read_no_further_than_max_body() -> None:
     endless = io.BytesIO(b"a" * 3_000_000)
     assert bare(endless, **{"wsgi.input_terminated": True}) == "413"
-    assert endless.tell() == 1048577
+    assert endless.tell() == 262145
     chunked = io.BytesIO(message_xml())
     assert bare(chunked, **{"wsgi.input_terminated": True}) == "200"
 
@@ -242,12 +242,17 @@ def test_an_unsigned_body_is_not_read() -> None:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (b"", "not well-formed XML"),
-        (b"{}", "not well-formed XML"),
+        (b"", "the body is empty"),
+        (b" \n", "the body is empty"),
+        (b'{"MsgType": "text"}', "the body is JSON; choose XML as 数据格式"),
+        (b"[]", "the body is JSON"),
+        (b"<!DOCTYPE html><html></html>", "the body is an HTML page"),
+        (b"<html/>", "the body is an HTML page"),
+        (b"hello", "the body is not WeChat's XML"),
+        (b"<a>b</a>", "the body is not WeChat's XML"),
         (b"<xml><a>b</a></xml>", "no ToUserName"),
-        (b"<html/>", "the root element is not xml"),
-        (b'<!DOCTYPE x [<!ENTITY a "b">]><xml><MsgType>&a;</MsgType></xml>', "a DOCTYPE"),
-        (message_xml().replace(b"hello", b"\xff\xfe"), "not well-formed XML"),
+        (b"<xml><ToUserName>a</ToUserName><Encrypt>b</Encrypt></xml>", "the message is encrypted"),
+        (b'<!DOCTYPE x [<!ENTITY a "b">]><xml>&a;</xml>', "the body is XML with a DOCTYPE"),
     ],
 )
 def test_a_body_that_is_no_message_is_400_and_the_log_says_why(
