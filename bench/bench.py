@@ -35,8 +35,8 @@ import token_store
 import wxcrypto
 import wxmessage
 import wxserver
-import wxsim_messages
-import wxsim_wire
+from wxsim import messages
+from wxsim import client
 from wxconfig import Config
 
 HERE = Path(__file__).resolve().parent
@@ -290,7 +290,7 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
-        event = wxmessage.to_xml(wxsim_messages.make("subscribe", "o9AgO5Kd5ggOC", time.time()))
+        event = wxmessage.to_xml(messages.make("subscribe", "o9AgO5Kd5ggOC", time.time()))
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
             "POST, an event": (calls(plain, "POST", query(), event), 1000),
@@ -311,15 +311,15 @@ def in_process(rounds: int) -> None:
 
 async def slow_replies(server: Server, followers: int, seconds: int = 12) -> list[str]:
     """Let followers ask at once for what takes long, and somebody else for what does not."""
-    to = wxsim_wire.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
+    to = client.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
     tries: Counter[int] = Counter()
 
     async def ask(follower: str, text: str) -> float:
         began, failed = time.monotonic(), []
-        message = wxsim_messages.make("text", follower, time.time()) | {"Content": text}
+        message = messages.make("text", follower, time.time()) | {"Content": text}
         xml = wxmessage.to_xml(message)
-        answer = await wxsim_wire.deliver(to, xml, follower, lambda *why: failed.append(why))
-        if answer and wxsim_wire.read(to, xml, answer).text == text:
+        answer = await client.deliver(to, xml, follower, lambda *why: failed.append(why))
+        if answer and client.read(to, xml, answer).text == text:
             tries[len(failed) + 1] += 1
         return time.monotonic() - began
 

@@ -1,12 +1,12 @@
 """WeChat on your own machine: try the bot without an account, a public address or a phone.
 
-    python wxsim.py verify          what the console does on 提交, and what it would say
-    python wxsim.py text hello      a follower's message; so image, voice, location, link, …
-    python wxsim.py event CLICK --key menu1
-    python wxsim.py --raw FILE      a body as it is
-    python wxsim.py chat            a conversation in the terminal
-    python wxsim.py load            a steady stream of messages, checked and timed
-    python wxsim.py api             a fake api.weixin.qq.com
+    python -m wxsim verify          what the console does on 提交, and what it would say
+    python -m wxsim text hello      a follower's message; so image, voice, location, link, …
+    python -m wxsim event CLICK --key menu1
+    python -m wxsim --raw FILE      a body as it is
+    python -m wxsim chat            a conversation in the terminal
+    python -m wxsim load            a steady stream of messages, checked and timed
+    python -m wxsim api             a fake api.weixin.qq.com
 
 The local server and its config.ini are what all of it talks to by default.
 """
@@ -25,14 +25,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import wxconfig
-import wxsim_api
-import wxsim_load
-import wxsim_messages
-import wxsim_wire
+from wxsim import fake_api
+from wxsim import load
+from wxsim import messages
+from wxsim import client
 from wxconfig import Config, ConfigError
 from wxmessage import to_xml
-from wxsim_messages import EVENTS, MESSAGES
-from wxsim_wire import Account, Answer
+from wxsim.messages import EVENTS, MESSAGES
+from wxsim.client import Account, Answer
 
 CHAT_HELP = """\
 What you type goes to the account as a text. Besides that there are
@@ -57,8 +57,8 @@ def send(to: Account, xml: bytes, follower: str, wire: bool = False, raw: bool =
     """
 
     def failed(number: int, why: str) -> None:
-        more = "sent again" if number < wxsim_wire.TRIES else "WeChat gives up"
-        _note(f"try {number} of {wxsim_wire.TRIES}: {why}; {more}")
+        more = "sent again" if number < client.TRIES else "WeChat gives up"
+        _note(f"try {number} of {client.TRIES}: {why}; {more}")
 
     def sent(url: str, body: bytes) -> None:
         if wire:
@@ -67,15 +67,15 @@ def send(to: Account, xml: bytes, follower: str, wire: bool = False, raw: bool =
                 _print_wire("  encrypted from", xml)
 
     plain = Account(to.url, to.token) if raw else to
-    answer = asyncio.run(wxsim_wire.deliver(plain, xml, follower, failed, sent))
+    answer = asyncio.run(client.deliver(plain, xml, follower, failed, sent))
     if answer is None:
-        print(wxsim_wire.FAULT)
+        print(client.FAULT)
         return False
     return _print_answer(to, xml, answer, wire)
 
 
 def _print_answer(to: Account, xml: bytes, answer: Answer, wire: bool) -> bool:
-    shown = wxsim_wire.read(to, xml, answer)
+    shown = client.read(to, xml, answer)
     if wire:
         _print_wire(f"← {answer.status} in {answer.seconds * 1000:.1f} ms", answer.body)
         if shown.xml not in (b"", answer.body):
@@ -101,7 +101,7 @@ def _note(text: str) -> None:
 
 def verify(to: Account) -> bool:
     """Do what the console does on 提交, and print what it would say."""
-    why = wxsim_wire.verify(to)
+    why = client.verify(to)
     parts = urlsplit(to.url)
     if not why:
         print("提交成功: the server answered with echostr")
@@ -130,8 +130,8 @@ def chat(to: Account, follower: str, wire: bool) -> None:
             elif line.startswith("/as "):
                 follower = line[4:].strip() or follower
             elif line:
-                xml = _chat_message(line, wxsim_messages.openid(follower))
-                send(to, xml, wxsim_messages.openid(follower), wire)
+                xml = _chat_message(line, messages.openid(follower))
+                send(to, xml, messages.openid(follower), wire)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -147,7 +147,7 @@ def _chat_message(line: str, openid: str) -> bytes:
         ValueError: there is no such command; its text says what there is.
     """
     if not line.startswith("/") or line.startswith("/:"):  # as WeChat's own emoticons do
-        return to_xml(wxsim_messages.make("text", openid, time.time()) | {"Content": line})
+        return to_xml(messages.make("text", openid, time.time()) | {"Content": line})
     command, *words = shlex.split(line[1:]) or [""]
     kind, kinds, key = command, MESSAGES, None
     if command == "event":
@@ -159,8 +159,8 @@ def _chat_message(line: str, openid: str) -> bytes:
         raise ValueError(f"{CHAT_HELP}\nEVENT is one of {', '.join(EVENTS)}")
     if kind not in kinds:
         raise ValueError(f"there is no {line!r}; /help says what there is")
-    message = wxsim_messages.make(kind, openid, time.time(), key)
-    return to_xml(wxsim_messages.with_fields(message, words))
+    message = messages.make(kind, openid, time.time(), key)
+    return to_xml(messages.with_fields(message, words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,9 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "load", parents=[common], help="a steady stream of messages, checked and timed"
     )
-    wxsim_load.add_arguments(command)
+    load.add_arguments(command)
     command = commands.add_parser("api", help="a fake api.weixin.qq.com")
-    wxsim_api.add_arguments(command)
+    fake_api.add_arguments(command)
     return parser
 
 
@@ -235,16 +235,16 @@ def main() -> None:
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config: Config) -> None:
     if arguments.command == "api":
-        wxsim_api.main(arguments, config)
+        fake_api.main(arguments, config)
         return
-    to = wxsim_wire.account(config, arguments.url, arguments.token)
-    if not wxsim_wire.is_url(to.url):
+    to = client.account(config, arguments.url, arguments.token)
+    if not client.is_url(to.url):
         parser.error(f"--url must be http://… or https://…, not {to.url!r}")
-    openid = wxsim_messages.openid(arguments.follower)
+    openid = messages.openid(arguments.follower)
     if arguments.command == "verify":
         sys.exit(not verify(to))
     if arguments.command == "load":
-        sys.exit(not wxsim_load.main(arguments, to))
+        sys.exit(not load.main(arguments, to))
     if arguments.raw:
         try:
             body = (
@@ -258,11 +258,11 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config:
         return
     event = arguments.command == "event"
     kind = arguments.event if event else arguments.command
-    message = wxsim_messages.make(kind, openid, time.time(), arguments.key)
+    message = messages.make(kind, openid, time.time(), arguments.key)
     if kind == "text" and arguments.content:
         message["Content"] = " ".join(arguments.content)
     try:
-        xml = to_xml(wxsim_messages.with_fields(message, arguments.settings))
+        xml = to_xml(messages.with_fields(message, arguments.settings))
     except ValueError as error:
         parser.error(f"--set {error}")
     sys.exit(not send(to, xml, openid, arguments.xml))

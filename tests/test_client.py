@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wxcrypto
-import wxsim_wire
+from wxsim import client
 from wxconfig import Config
 from wxcrypto import MessageCipher
 from wxmessage import MAX_TEXT, from_xml, to_xml
-from wxsim_wire import FAULT, Account, Answer, NoAnswer, exchange
+from wxsim.client import FAULT, Account, Answer, NoAnswer, exchange
 
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 MESSAGE = message_xml()
@@ -224,7 +224,7 @@ def test_over_https_only_a_trusted_certificate_will_do(
 
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    wxsim_wire._tls.cache_clear()
+    client._tls.cache_clear()
     with listening(talk) as port:
         url = f"https://127.0.0.1:{port}/wx"
         if trusted:
@@ -248,7 +248,7 @@ def test_three_silences_and_wechat_gives_up() -> None:
     with listening(never_answers) as port:
         to = Account(f"http://127.0.0.1:{port}/wx", TOKEN)
         answer = asyncio.run(
-            wxsim_wire.deliver(to, MESSAGE, "o1", lambda *f: failures.append(f), patience=0.1)
+            client.deliver(to, MESSAGE, "o1", lambda *f: failures.append(f), patience=0.1)
         )
     assert answer is None
     assert failures == [(number, "no answer within 0.1 s") for number in (1, 2, 3)]
@@ -257,7 +257,7 @@ def test_three_silences_and_wechat_gives_up() -> None:
 def test_a_verification_that_takes_too_long_fails() -> None:
     with listening(drips) as port:
         to = Account(f"http://127.0.0.1:{port}/wx", TOKEN)
-        assert wxsim_wire.verify(to, patience=0.1) == "no answer within 0.1 s"
+        assert client.verify(to, patience=0.1) == "no answer within 0.1 s"
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_the_signature_joins_whatever_query_the_url_has(path: str, start: str) -
 
     with listening(talk) as port:
         to = Account(f"http://127.0.0.1:{port}{path}", TOKEN)
-        wxsim_wire.verify(to)
-        requests.append(wxsim_wire.wrap(to, MESSAGE, "o1")[0].partition(str(port))[2])
+        client.verify(to)
+        requests.append(client.wrap(to, MESSAGE, "o1")[0].partition(str(port))[2])
     signed = r"signature=[0-9a-f]{40}&timestamp=\d+&nonce=\d+"
     assert re.fullmatch(rf"{re.escape(start)}{signed}&echostr=\d{{19}}", requests[0])
     assert re.fullmatch(rf"{re.escape(start if path else '?')}{signed}&openid=o1", requests[1])
@@ -288,7 +288,7 @@ def test_the_signature_joins_whatever_query_the_url_has(path: str, start: str) -
 
 def test_by_default_the_callback_is_the_local_servers_with_its_own_token(tmp_path: Path) -> None:
     config = Config(path="/here", state_dir=tmp_path)
-    account = wxsim_wire.account(config)
+    account = client.account(config)
     assert account.url == "http://127.0.0.1:8000/here"
     assert account.token == (tmp_path / "callback_token").read_text().strip()
     assert account.token not in repr(account)
@@ -296,7 +296,7 @@ def test_by_default_the_callback_is_the_local_servers_with_its_own_token(tmp_pat
 
 def test_in_compatible_mode_the_body_has_both_and_in_safe_mode_encrypt_alone() -> None:
     bodies = {
-        mode: from_xml(wxsim_wire.wrap(to, MESSAGE, "o1")[1]) for mode, to in ACCOUNTS.items()
+        mode: from_xml(client.wrap(to, MESSAGE, "o1")[1]) for mode, to in ACCOUNTS.items()
     }
     assert bodies["plain"] == from_xml(MESSAGE)
     assert list(bodies["compatible"]) == [*from_xml(MESSAGE), "Encrypt"]
@@ -311,14 +311,14 @@ def envelope(xml: bytes, token: str = TOKEN) -> bytes:
     )
 
 
-def read(body: bytes, mode: str = "plain") -> wxsim_wire.Shown:
-    return wxsim_wire.read(ACCOUNTS[mode], MESSAGE, Answer(200, {}, body, 0.0))
+def read(body: bytes, mode: str = "plain") -> client.Shown:
+    return client.read(ACCOUNTS[mode], MESSAGE, Answer(200, {}, body, 0.0))
 
 
 @pytest.mark.parametrize("body", [b"", b"success"])
 @pytest.mark.parametrize("mode", ACCOUNTS)
 def test_the_empty_answer_and_success_show_nothing_in_every_mode(mode: str, body: bytes) -> None:
-    assert read(body, mode) == wxsim_wire.Shown(None)
+    assert read(body, mode) == client.Shown(None)
 
 
 def test_an_encrypted_answer_is_read_in_the_encrypted_modes() -> None:

@@ -1,6 +1,6 @@
 """A fake api.weixin.qq.com on loopback, with the platform's own rules for access_tokens.
 
-    python wxsim.py api
+    python -m wxsim api
     with FakeApi(appid, appsecret) as api: TokenStore(path, appid, appsecret, api_base=api.base)
 
 Sources of the rules: the platform's 获取 Access token, 获取稳定版接口调用凭据, 发送客服消息,
@@ -109,7 +109,7 @@ class _Token:
 class FakeApi:
     """The API of one account, served while the ``with`` block lasts.
 
-    Fields may be set at any time: they are the switches. ``python wxsim.py api`` has words for
+    Fields may be set at any time: they are the switches. ``python -m wxsim api`` has words for
     those that an owner needs.
 
     Raises:
@@ -440,7 +440,7 @@ def obey(api: FakeApi, line: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python wxsim.py api``."""
+    """Add the options of ``python -m wxsim api``."""
     port = _number(int, 0, 65535)
     parser.add_argument("--port", type=port, default=8001, help="default: 8001; 0: a free one")
     for word, (attribute, value, convert, what) in _SWITCHES.items():

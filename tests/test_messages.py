@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webtest import TestApp
 
-import wxsim_messages
-import wxsim_wire
+from wxsim import messages
+from wxsim import client
 from wxconfig import Config
 from wxmessage import Message, from_xml, to_xml
 from wxserver import create_application
 
-ME = wxsim_messages.openid("me")
+ME = messages.openid("me")
 NOW = 1714036504
 
 # The platform's own tables, field by field; a dot leads to what is inside.
@@ -64,8 +64,8 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     )
     got: list[dict[str, Any]] = []
     app = TestApp(create_application(config, got.append))
-    account = wxsim_wire.account(config, "http://localhost/wx")
-    url, body = wxsim_wire.wrap(account, to_xml(message), message["FromUserName"])
+    account = client.account(config, "http://localhost/wx")
+    url, body = client.wrap(account, to_xml(message), message["FromUserName"])
     assert app.post(url, body).body == b"success"
     (only,) = got
     return only
@@ -73,10 +73,10 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_message_reaches_reply_with_the_fields_of_its_page(kind: str) -> None:
-    message = received(wxsim_messages.make(kind, ME, NOW + 0.9))
+    message = received(messages.make(kind, ME, NOW + 0.9))
     assert message["ToUserName"].startswith("gh_")
     assert (message["FromUserName"], message["CreateTime"]) == (ME, str(NOW))
-    if kind in wxsim_messages.EVENTS:
+    if kind in messages.EVENTS:
         assert (message["MsgType"], message["Event"]) == ("event", kind)
         assert "MsgId" not in message
     else:
@@ -87,41 +87,41 @@ def test_a_message_reaches_reply_with_the_fields_of_its_page(kind: str) -> None:
 
 
 def test_there_is_no_kind_beside_those_of_the_tables() -> None:
-    assert {*wxsim_messages.MESSAGES, *wxsim_messages.EVENTS} == set(PAGES)
+    assert {*messages.MESSAGES, *messages.EVENTS} == set(PAGES)
 
 
 @pytest.mark.parametrize("encryption", ["plain", "compatible", "safe"])
 def test_in_every_mode_reply_gets_the_same(encryption: str) -> None:
-    message = wxsim_messages.make("pic_weixin", ME, NOW, "菜单 ]]> <&")
+    message = messages.make("pic_weixin", ME, NOW, "菜单 ]]> <&")
     assert received(message, encryption) == from_xml(to_xml(message))
 
 
 def test_a_subscription_by_qr_code_has_its_scene_and_a_ticket() -> None:
-    plain, scanned = (wxsim_messages.make("subscribe", ME, NOW, key) for key in (None, "qrscene_1"))
+    plain, scanned = (messages.make("subscribe", ME, NOW, key) for key in (None, "qrscene_1"))
     assert "Ticket" not in plain
     assert scanned["EventKey"] == "qrscene_1"
     assert scanned["Ticket"]
 
 
 def test_every_message_has_a_msgid_of_its_own() -> None:
-    assert len({wxsim_messages.make("text", ME, NOW)["MsgId"] for _ in range(100)}) == 100
+    assert len({messages.make("text", ME, NOW)["MsgId"] for _ in range(100)}) == 100
 
 
 @given(st.text())
 def test_a_follower_of_any_name_has_one_openid_that_looks_like_one(name: str) -> None:
-    assert wxsim_messages.openid(name) == wxsim_messages.openid(name)
-    assert len(wxsim_messages.openid(name)) == 28
-    assert wxsim_messages.openid(name) != wxsim_messages.openid(name + "x")
+    assert messages.openid(name) == messages.openid(name)
+    assert len(messages.openid(name)) == 28
+    assert messages.openid(name) != messages.openid(name + "x")
 
 
 def test_a_field_can_be_set_added_or_set_inside_another() -> None:
-    made = wxsim_messages.make("scancode_waitmsg", ME, NOW)
+    made = messages.make("scancode_waitmsg", ME, NOW)
     settings = ["EventKey=a=b", "Idx=1", "ScanCodeInfo.ScanResult=", "A.B.C=d"]
-    message = wxsim_messages.with_fields(made, settings)
+    message = messages.with_fields(made, settings)
     assert (message["EventKey"], message["Idx"]) == ("a=b", "1")
     assert message["ScanCodeInfo"] == {"ScanType": "qrcode", "ScanResult": ""}
     assert message["A"] == {"B": {"C": "d"}}
-    for unchanged in (made, wxsim_messages.make("scancode_waitmsg", ME, NOW)):
+    for unchanged in (made, messages.make("scancode_waitmsg", ME, NOW)):
         assert (unchanged["EventKey"], unchanged["ScanCodeInfo"]["ScanResult"]) == ("menu1", "1")
 
 
@@ -130,4 +130,4 @@ def test_a_field_can_be_set_added_or_set_inside_another() -> None:
 )
 def test_what_is_no_setting_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=r"is not NAME=VALUE|has no elements inside"):
-        wxsim_messages.with_fields(wxsim_messages.make("text", ME, NOW), [setting])
+        messages.with_fields(messages.make("text", ME, NOW), [setting])

@@ -24,10 +24,10 @@ import token_store
 import wxapi
 import wxconfig
 import wxcrypto
-import wxsim_wire
+from wxsim import client
 from token_store import ApiError
 from wxconfig import Config, ConfigError
-from wxsim_wire import Account, NoAnswer
+from wxsim.client import Account, NoAnswer
 
 _SECRETS = {("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")}
 _SECRETS |= {("shared", "redis")}  # and every key of [central]
@@ -163,13 +163,13 @@ def _clock(config: Config) -> str:
     """This machine's clock agrees with the API's."""
     host = urlsplit(config.api_base).netloc
     try:  # without a token: the answer is an errcode, and has a Date
-        answer = asyncio.run(wxsim_wire.exchange(f"{config.api_base}/cgi-bin/getcallbackip"))
+        answer = asyncio.run(client.exchange(f"{config.api_base}/cgi-bin/getcallbackip"))
     except NoAnswer as error:
         raise Fault(f"{host} gives no time to compare with: {error}") from None
-    ahead = wxsim_wire.clock_difference(answer)
+    ahead = client.clock_difference(answer)
     if ahead is None:
         raise Fault(f"{host} gives no time to compare with; look at timedatectl")
-    off, most = abs(ahead), min(wxsim_wire.CLOCK_OFF, config.max_age or wxsim_wire.CLOCK_OFF)
+    off, most = abs(ahead), min(client.CLOCK_OFF, config.max_age or client.CLOCK_OFF)
     if off > most:
         which = "behind" if ahead > 0 else "ahead of"
         refused = f", so messages are refused (max_age is {config.max_age} s)"
@@ -194,7 +194,7 @@ def _callback(config: Config, url: str) -> str:
     # To make one is the server's to do: it is shown, and belongs to whoever makes it.
     if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
-    if why := wxsim_wire.verify(Account(url, wxconfig.callback_token(config))):
+    if why := client.verify(Account(url, wxconfig.callback_token(config))):
         raise Fault(why)
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return "echostr came back on this machine; WeChat needs a public address"

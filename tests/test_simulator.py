@@ -18,13 +18,13 @@ from conftest import APPID, KEY, ROOT, TOKEN, Run, message_xml
 from serving import Server, free_port, gunicorn, until
 
 import wxcrypto
-import wxsim
-import wxsim_messages
+import wxsim.__main__
+from wxsim import messages
 from wxcrypto import MessageCipher
 from wxmessage import from_xml, to_xml
-from wxsim_wire import FAULT
+from wxsim.client import FAULT
 
-WXSIM = str(ROOT / "wxsim.py")
+WXSIM = ("-m", "wxsim")
 ENCRYPTED = f"[wechat]\nappid = {APPID}\nencoding_aes_key = {KEY}\n"
 GAVE_UP = "; WeChat gives up)\n"
 
@@ -56,7 +56,7 @@ class Asked(BaseHTTPRequestHandler):
         """Return a good text reply with ``fields`` over or beside its own."""
         message = from_xml(self.body)
         whole = {
-            "ToUserName": message.get("FromUserName", wxsim_messages.openid("me")),
+            "ToUserName": message.get("FromUserName", messages.openid("me")),
             "FromUserName": message["ToUserName"],
             "CreateTime": 1714112445,
             "MsgType": "text",
@@ -105,13 +105,13 @@ Wxsim = Callable[..., Any]  # of the arguments, the input and a config.ini
 
 @pytest.fixture
 def process(run: Run, tmp_path: Path) -> Wxsim:
-    """Run ``python wxsim.py …`` to its end."""
+    """Run ``python -m wxsim …`` to its end."""
 
     def call(*arguments: str, typed: str = "", config: str = "", **env: str) -> Any:
         path = tmp_path / "config.ini"
         path.write_text(config)
         started = run(
-            WXSIM, *arguments, env={"WXSERVER_CONFIG": str(path), "WX_TOKEN": TOKEN, **env}
+            *WXSIM, *arguments, env={"WXSERVER_CONFIG": str(path), "WX_TOKEN": TOKEN, **env}
         )
         out, errors = started.communicate(typed, timeout=30)
         return SimpleNamespace(out=out, errors=errors, status=started.returncode)
@@ -132,9 +132,9 @@ def sim(
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("WXSERVER_CONFIG", str(path))
         monkeypatch.setenv("WX_TOKEN", TOKEN)
-        monkeypatch.setattr(sys, "argv", ["wxsim.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["wxsim", *arguments])
         with pytest.raises(SystemExit) as end:
-            wxsim.main()
+            wxsim.__main__.main()
         out, errors = capsys.readouterr()
         return SimpleNamespace(out=out, errors=errors, status=int(end.value.code or 0))
 
@@ -172,8 +172,8 @@ def test_in_every_mode_the_real_server_is_verified_and_answers(
     env = {"WXSERVER_CONFIG": str(server.config)}
     url = ("--url", f"{server.base}/wx")
     submit, text = (
-        run(WXSIM, *url, "verify", env=env),
-        run(WXSIM, *url, "--xml", "text", "你好", "]]> <&", env=env),
+        run(*WXSIM, *url, "verify", env=env),
+        run(*WXSIM, *url, "--xml", "text", "你好", "]]> <&", env=env),
     )
     out, errors = submit.communicate(timeout=20)
     assert (out, errors, submit.returncode) == (
@@ -197,14 +197,14 @@ def test_every_message_and_event_can_be_sent_in_a_chat_with_several_followers(
     run: Run, tmp_path: Path
 ) -> None:
     server = real(run, tmp_path, WX_TOKEN=TOKEN)
-    kinds = [kind for kind in wxsim_messages.MESSAGES if kind != "text"]
+    kinds = [kind for kind in messages.MESSAGES if kind != "text"]
     typed = ["hello there", "/text Content=by", *(f"/{kind}" for kind in kinds)]
-    typed += [f"/event {event}" for event in wxsim_messages.EVENTS]
+    typed += [f"/event {event}" for event in messages.EVENTS]
     typed += ["/as 小明", "/image MediaId=abc", "/event CLICK menu1 A.B=c", "", "  /quit ", "never"]
     env = {"WXSERVER_CONFIG": str(server.config), "WX_TOKEN": TOKEN}
-    chat = run(WXSIM, "chat", "--url", f"{server.base}/wx", env=env)
+    chat = run(*WXSIM, "chat", "--url", f"{server.base}/wx", env=env)
     out, errors = chat.communicate("\n".join(typed), timeout=20)
-    answers = ["hello there", "by", *kinds, *wxsim_messages.EVENTS, "image", "CLICK"]
+    answers = ["hello there", "by", *kinds, *messages.EVENTS, "image", "CLICK"]
     assert out.splitlines() == answers
     assert (errors, chat.returncode) == ("", 0)
 
@@ -333,7 +333,7 @@ def test_after_five_seconds_wechat_hangs_up_and_sends_the_same_message_again(
     slow = bot(first_never)
     (tmp_path / "config.ini").write_text("")
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
-    text, verify = (run(WXSIM, what, "--url", slow.url, env=env) for what in ("text", "verify"))
+    text, verify = (run(*WXSIM, what, "--url", slow.url, env=env) for what in ("text", "verify"))
     assert text.communicate(timeout=20) == (
         "at last\n",
         "(try 1 of 3: no answer within 5 s; sent again)\n",
@@ -534,8 +534,8 @@ def test_in_compatible_mode_both_answers_will_do(bot: Callable[[Answer], Bot], s
             {"MsgId": "2", "Idx": "3"},
         ),
         (("image", "--set", "PicUrl=http://a/?b=c"), {"PicUrl": "http://a/?b=c"}),
-        (("--as", "a", "voice"), {"FromUserName": wxsim_messages.openid("a")}),
-        (("voice", "--as", "a"), {"FromUserName": wxsim_messages.openid("a")}),
+        (("--as", "a", "voice"), {"FromUserName": messages.openid("a")}),
+        (("voice", "--as", "a"), {"FromUserName": messages.openid("a")}),
         (("event", "CLICK", "--key", "k=1"), {"Event": "CLICK", "EventKey": "k=1"}),
         (
             ("event", "subscribe", "--key", "qrscene_7"),
@@ -618,7 +618,7 @@ def test_a_terminal_without_chinese_is_no_reason_to_crash(
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = process("--help", **ascii_only)
     assert (done.errors, done.status) == ("", 0)
-    assert "python wxsim.py verify" in done.out
+    assert "python -m wxsim verify" in done.out
     url = bot(lambda asked: asked.reply(Content="你好")).url
     done = process("text", "--as", "小明", "--url", url, **ascii_only)
     assert (done.out, done.errors, done.status) == ("\\u4f60\\u597d\n", "", 0)
@@ -693,7 +693,7 @@ def test_in_a_terminal_the_prompt_names_the_follower_and_arrow_up_brings_the_lin
         "INPUTRC": "/dev/null",
     }
     screen = tmp_path / "screen"
-    command = (sys.executable, WXSIM, "chat", "--as", "小明", "--url", echoing.url)
+    command = (sys.executable, *WXSIM, "chat", "--as", "小明", "--url", echoing.url)
     chat = run("-c", IN_A_TERMINAL, *command, env=env, log=screen)
 
     def shown() -> str:
@@ -730,7 +730,7 @@ def test_a_text_may_begin_with_a_slash_as_wechats_own_emoticons_do(
 def test_a_body_that_was_encrypted_before_is_signed_as_it_is(run: Run, tmp_path: Path) -> None:
     server = real(run, tmp_path, WX_TOKEN=TOKEN, WX_APPID=APPID, WX_ENCODING_AES_KEY=KEY)
     (tmp_path / "body").write_bytes(
-        sealed(message_xml("你好", FromUserName=wxsim_messages.openid("me")))
+        sealed(message_xml("你好", FromUserName=messages.openid("me")))
     )
     env = {
         "WXSERVER_CONFIG": str(server.config),
@@ -738,7 +738,7 @@ def test_a_body_that_was_encrypted_before_is_signed_as_it_is(run: Run, tmp_path:
         "WX_APPID": APPID,
         "WX_ENCODING_AES_KEY": KEY,
     }
-    process = run(WXSIM, "--url", f"{server.base}/wx", "--raw", str(tmp_path / "body"), env=env)
+    process = run(*WXSIM, "--url", f"{server.base}/wx", "--raw", str(tmp_path / "body"), env=env)
     assert process.communicate(timeout=20) == ("你好\n", "")
 
 

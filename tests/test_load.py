@@ -22,10 +22,10 @@ from conftest import APPID, KEY, ROOT, TOKEN, Run
 from serving import free_port, gunicorn, until
 
 import wxmessage
-import wxsim_load
+from wxsim import load
 from wxmessage import Message, Reply, from_xml
-from wxsim_load import Tally, report
-from wxsim_wire import Account
+from wxsim.load import Tally, report
+from wxsim.client import Account
 
 Bot = Callable[[Message], bytes]  # from a message to the body of the answer; b"500" is that status
 
@@ -65,13 +65,13 @@ def served(bot: Bot) -> Iterator[Account]:
 
 def options(line: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    wxsim_load.add_arguments(parser)
+    load.add_arguments(parser)
     return parser.parse_args(line.split())
 
 
 def load(bot: Bot, line: str = "--rate 30 --seconds 1 --followers 10") -> bool:
     with served(bot) as to:
-        return wxsim_load.main(options(line), to)
+        return load.main(options(line), to)
 
 
 def counts(printed: str) -> dict[str, int]:
@@ -82,7 +82,7 @@ def counts(printed: str) -> dict[str, int]:
 
 
 def command(run: Run, *arguments: str, **env: str) -> tuple[int, str]:
-    process = run(str(ROOT / "wxsim.py"), "load", *arguments, env=env)
+    process = run("-m", "wxsim", "load", *arguments, env=env)
     printed, _ = process.communicate(timeout=60)
     return process.returncode, printed
 
@@ -228,7 +228,7 @@ def test_silence_is_counted_and_an_error_only_of_a_bot_that_echoes(
 def test_more_under_way_than_open_files_allow_are_not_sent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = wxsim_load.SPARE + 2
+    limit = load.SPARE + 2
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     end = threading.Event()
 
@@ -246,7 +246,7 @@ def test_more_under_way_than_open_files_allow_are_not_sent(
 def test_a_machine_too_slow_for_the_rate_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wxsim_load, "LATEST", -1.0)
+    monkeypatch.setattr(load, "LATEST", -1.0)
     assert not load(echo)
     printed = capsys.readouterr().out
     assert (counts(printed)["sent"], counts(printed)["not sent"]) == (0, 30)
@@ -265,7 +265,7 @@ def test_ctrl_c_ends_it_and_prints_what_there_is(run: Run, tmp_path: Path) -> No
 
     with served(bot) as to:
         process = run(
-            *(str(ROOT / "wxsim.py"), "load", "--url", to.url, "--token", TOKEN),
+            *("-m", "wxsim", "load", "--url", to.url, "--token", TOKEN),
             *("--rate", "20", "--seconds", "3600"),
             env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")},
         )

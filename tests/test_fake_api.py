@@ -17,8 +17,8 @@ from conftest import APPID, APPSECRET, Run
 
 import token_store
 import wxconfig
-import wxsim_api
-from wxsim_api import FakeApi
+from wxsim import fake_api
+from wxsim.fake_api import FakeApi
 
 ACCOUNT = {"grant_type": "client_credential", "appid": APPID, "secret": APPSECRET}
 CLASSIC = f"/cgi-bin/token?grant_type=client_credential&appid={APPID}&secret={APPSECRET}"
@@ -239,7 +239,7 @@ def test_what_must_be_posted_must_be_a_json_object(
 def test_an_error_has_the_platforms_words_and_a_rid(api: FakeApi) -> None:
     answer = fetch(api.base, "/cgi-bin/getcallbackip")
     assert re.fullmatch(r"access_token missing rid: [0-9a-f]{8}(-[0-9a-f]{8}){2}", answer["errmsg"])
-    assert set(token_store.ADVICE) <= set(wxsim_api.ERRMSG)
+    assert set(token_store.ADVICE) <= set(fake_api.ERRMSG)
 
 
 def test_expire_ends_every_token(api: FakeApi) -> None:
@@ -319,7 +319,7 @@ def test_every_request_is_one_line_without_secrets(api: FakeApi, said: list[str]
     stable(api)
     state(api, token)
     state(api, "never-given")
-    api.failure = wxsim_api.GARBAGE
+    api.failure = fake_api.GARBAGE
     with pytest.raises(ValueError, match="Expecting value"):
         classic(api)
     assert [line.split(" ", 1)[1] for line in said] == [
@@ -388,10 +388,11 @@ def test_the_account_and_the_tokens_do_not_show_in_its_repr(api: FakeApi) -> Non
 
 
 COMMAND = """
-import argparse, wxconfig, wxsim_api
+import argparse, wxconfig
+from wxsim import fake_api
 parser = argparse.ArgumentParser()
-wxsim_api.add_arguments(parser)
-wxsim_api.main(parser.parse_args(), wxconfig.load())
+fake_api.add_arguments(parser)
+fake_api.main(parser.parse_args(), wxconfig.load())
 """
 
 

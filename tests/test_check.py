@@ -18,8 +18,8 @@ import pytest
 from conftest import APPID, APPSECRET, KEY, ROOT, Run, config_for, skip
 from serving import Server, free_port, gunicorn
 
-import wxsim_api
-from wxsim_api import FakeApi
+from wxsim import fake_api
+from wxsim.fake_api import FakeApi
 
 PROGRAM = str(ROOT / "wxserver.py")
 CALLBACK_TOKEN = "Secret0fTheCallback"
@@ -408,7 +408,7 @@ def test_to_make_a_token_is_left_to_the_server(check: Check, folder: Path) -> No
 
 
 def test_no_token_is_told_with_what_to_do(check: Check, url: str, api: Api) -> None:
-    api.own["stable_token"] = wxsim_api.error(40164)
+    api.own["stable_token"] = fake_api.error(40164)
     found = check("--url", url)
     assert found.failed == ["token", "getcallbackip", "callback/check"]
     assert "add 127.0.0.1 to the account's IP whitelist" in found["token"]
@@ -418,10 +418,10 @@ def test_no_token_is_told_with_what_to_do(check: Check, url: str, api: Api) -> N
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (wxsim_api.error(48001), "errcode 48001"),
+        (fake_api.error(48001), "errcode 48001"),
         (b'{"ip_list": []}', "no addresses"),
         (b'{"ip_list": "1.2.3.4"}', "no addresses"),
-        (wxsim_api.GARBAGE, "something else than WeChat's JSON"),
+        (fake_api.GARBAGE, "something else than WeChat's JSON"),
     ],
 )
 def test_a_getcallbackip_that_fails_is_told(
@@ -451,8 +451,8 @@ def checked(loss: str, dns: Any = ({"ip": "8.8.8.8", "real_operator": "CAP"},)) 
         (b'{"dns": [{"ip": "8.8.8.8"}], "ping": []}', "no ping"),
         (b'{"dns": [{"ip": "8.8.8.8"}], "ping": ["8.8.8.8"]}', "no ping"),
         (b"{}", "cannot resolve"),
-        (wxsim_api.error(40201), "the console has no URL"),
-        (wxsim_api.error(45009), "errcode 45009"),
+        (fake_api.error(40201), "the console has no URL"),
+        (fake_api.error(45009), "errcode 45009"),
     ],
 )
 def test_what_wechats_own_check_finds_is_told(

@@ -1,6 +1,6 @@
 """A steady stream of messages from many followers: is every answer its question's, and how soon?
 
-    python wxsim.py load --rate 200 --seconds 30
+    python -m wxsim load --rate 200 --seconds 30
 
 A message leaves when it is due, whatever became of those before it, and its time counts from
 there: a server that stalls cannot hide it by being asked less.
@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import wxsim_messages
-import wxsim_wire
+from wxsim import messages
+from wxsim import client
 from wxmessage import to_xml
-from wxsim_wire import Account
+from wxsim.client import Account
 
 LATEST = 1.0  # seconds after its due time at which a message is given up and not sent
 SPARE = 64  # open files that are kept for other things than messages
@@ -59,7 +59,7 @@ class Tally:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python wxsim.py load``."""
+    """Add the options of ``python -m wxsim load``."""
     rate, seconds, followers = _positive(float), _positive(float), _positive(int)
     parser.add_argument("--rate", type=rate, default=200.0, help="messages a second; default: 200")
     parser.add_argument("--seconds", type=seconds, default=30.0, help="default: 30")
@@ -139,7 +139,7 @@ async def _send(
             continue
         tally.sent += 1
         tally.late = max(tally.late, late)
-        follower = wxsim_messages.openid(f"load {number % arguments.followers}")
+        follower = messages.openid(f"load {number % arguments.followers}")
         coming = _message(to, follower, first + number, due, arguments.echo, tally)
         task = asyncio.create_task(coming)
         under_way.add(task)
@@ -153,7 +153,7 @@ async def _message(
 ) -> None:
     """Send one message, which no other resembles, and enter in the tally what comes of it."""
     content = f"{_TEXT}{msg_id}"
-    message = wxsim_messages.make("text", follower, time.time())
+    message = messages.make("text", follower, time.time())
     xml = to_xml(message | {"Content": content, "MsgId": msg_id})
     tries = 1
 
@@ -162,12 +162,12 @@ async def _message(
         tries = number + 1
         tally.errors[why] += 1
 
-    answer = await wxsim_wire.deliver(to, xml, follower, failed)
+    answer = await client.deliver(to, xml, follower, failed)
     if answer is None:
         tally.unanswered += 1
         return
     seconds = time.perf_counter() - due
-    shown = wxsim_wire.read(to, xml, answer)
+    shown = client.read(to, xml, answer)
     problem = shown.problem
     if shown.text is None:
         tally.silent += 1
@@ -215,7 +215,7 @@ def report(tally: Tally, rate: float) -> str:
         f"answered   {tally.answered.total():7}   {again}",
         f"silent     {tally.silent:7}   success, or nothing",
         f"wrong      {tally.wrong:7}   another message's answer, or none that WeChat can use",
-        f"unanswered {tally.unanswered:7}   after {wxsim_wire.TRIES} tries",
+        f"unanswered {tally.unanswered:7}   after {client.TRIES} tries",
     ]
     if tally.under_way:
         lines.append(f"under way  {tally.under_way:7}   when it was ended")
