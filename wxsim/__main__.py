@@ -7,6 +7,7 @@
     python -m wxsim chat            a conversation in the terminal
     python -m wxsim load            a steady stream of messages, checked and timed
     python -m wxsim api             a fake api.weixin.qq.com
+    python -m wxsim check           what a real account needs, looked at point by point
 
 The local server and its config.ini are what all of it talks to by default.
 """
@@ -14,9 +15,9 @@ The local server and its config.ini are what all of it talks to by default.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -25,57 +26,47 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import wxconfig
-from wxsim import fake_api
-from wxsim import load
-from wxsim import messages
-from wxsim import client
 from wxconfig import Config, ConfigError
-from wxmessage import to_xml
-from wxsim.messages import EVENTS, MESSAGES
-from wxsim.client import Account, Answer
+from wxsim import client, fake_api, follower, load, messages
+from wxsim.client import Account
+from wxsim.messages import EVENTS, MESSAGES, Outgoing
 
-CHAT_HELP = """\
+CHAT_HELP = f"""\
 What you type goes to the account as a text. Besides that there are
   /image, /voice, /video, /shortvideo, /location, /link    with NAME=VALUE for other fields
   /event EVENT [KEY] [NAME=VALUE]   /event subscribe, /event CLICK menu1, /event SCAN 42
   /as NAME     be another follower       /xml     show the wire, or no longer
-  /help        this                      /quit    or Ctrl-D"""
+  /help        this                      /quit    or Ctrl-D
+Known EVENTs are {", ".join(EVENTS)}"""
 
 
-def send(to: Account, xml: bytes, follower: str, wire: bool = False, raw: bool = False) -> bool:
+def send(to: Account, message: Outgoing, wire: bool = False) -> bool:
     """Send a message as WeChat does and print what the follower sees.
 
     Args:
         to: the callback.
-        xml: the message.
-        follower: the OpenID it comes from.
+        message: the message.
         wire: whether to print both sides of the wire.
-        raw: whether to send ``xml`` as it is even in the encrypted modes.
 
     Returns:
         Whether that is something else than WeChat's own apology.
     """
 
-    def failed(number: int, why: str) -> None:
-        more = "sent again" if number < client.TRIES else "WeChat gives up"
-        _note(f"try {number} of {client.TRIES}: {why}; {more}")
+    def on_failure(number: int, reason: str) -> None:
+        then = "sent again" if number < client.TRIES else "WeChat gives up"
+        _note(f"try {number} of {client.TRIES}: {reason}; {then}")
 
-    def sent(url: str, body: bytes) -> None:
+    def on_request(url: str, body: bytes) -> None:
         if wire:
             _print_wire(f"→ POST {url}", body)
-            if body != xml:
-                _print_wire("  encrypted from", xml)
+            if body != message.xml:
+                _print_wire("  encrypted from", message.xml)
 
-    plain = Account(to.url, to.token) if raw else to
-    answer = asyncio.run(client.deliver(plain, xml, follower, failed, sent))
+    answer = client.deliver(to, message, on_failure, on_request)
     if answer is None:
-        print(client.FAULT)
+        print(follower.FAULT)
         return False
-    return _print_answer(to, xml, answer, wire)
-
-
-def _print_answer(to: Account, xml: bytes, answer: Answer, wire: bool) -> bool:
-    shown = client.read(to, xml, answer)
+    shown = follower.read(to, message.fields, answer.body)
     if wire:
         _print_wire(f"← {answer.status} in {answer.seconds * 1000:.1f} ms", answer.body)
         if shown.xml not in (b"", answer.body):
@@ -101,37 +92,36 @@ def _note(text: str) -> None:
 
 def verify(to: Account) -> bool:
     """Do what the console does on 提交, and print what it would say."""
-    why = client.verify(to)
+    problem = client.verify(to)
     parts = urlsplit(to.url)
-    if not why:
+    if not problem:
         print("提交成功: the server answered with echostr")
-    elif why.startswith("no answer within"):
-        print(f"请求URL超时: {why}")
+    elif problem.startswith("no answer within"):
+        print(f"请求URL超时: {problem}")
     else:
-        print(f"Token验证失败: {why}")
+        print(f"Token验证失败: {problem}")
     if (parts.port or 80) not in (80, 443) and parts.hostname not in ("127.0.0.1", "localhost"):
         _note("the console takes port 80 or 443 alone")
-    return not why
+    return not problem
 
 
-def chat(to: Account, follower: str, wire: bool) -> None:
-    """Talk to the account, line by line, until the end of the input."""
+def chat(to: Account, name: str, wire: bool) -> None:
+    """Talk to the account as the follower ``name``, line by line, until the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  to import it gives input() its history
     if sys.stdin.isatty():
         print(f"{to.url}; /help says what there is besides text")
     while True:
         try:
-            line = input(f"{follower}> " if sys.stdin.isatty() else "").strip()
+            line = input(f"{name}> " if sys.stdin.isatty() else "").strip()
             if line == "/quit":
                 return
             if line == "/xml":
                 wire = not wire
             elif line.startswith("/as "):
-                follower = line[4:].strip() or follower
+                name = line[4:].strip() or name
             elif line:
-                xml = _chat_message(line, messages.openid(follower))
-                send(to, xml, messages.openid(follower), wire)
+                send(to, _chat_message(line, messages.openid(name)), wire)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -140,27 +130,30 @@ def chat(to: Account, follower: str, wire: bool) -> None:
             print(error)
 
 
-def _chat_message(line: str, openid: str) -> bytes:
+def _chat_message(line: str, openid: str) -> Outgoing:
     """Turn a line of the chat into a message.
 
     Raises:
         ValueError: there is no such command; its text says what there is.
     """
     if not line.startswith("/") or line.startswith("/:"):  # as WeChat's own emoticons do
-        return to_xml(messages.make("text", openid, time.time()) | {"Content": line})
+        text = messages.make("text", openid, time.time()) | {"Content": line}
+        return messages.outgoing(text)
     command, *words = shlex.split(line[1:]) or [""]
-    kind, kinds, key = command, MESSAGES, None
-    if command == "event":
-        kind, *words = words or [""]
-        kinds = EVENTS
+    if command == "help":
+        raise ValueError(CHAT_HELP)
+    if command == "event" and words:
+        event, *words = words
+        key = None
         if words and not re.match(r"[\w.]+=", words[0]):
             key, *words = words
-    if command == "help":
-        raise ValueError(f"{CHAT_HELP}\nEVENT is one of {', '.join(EVENTS)}")
-    if kind not in kinds:
+        message = messages.make_event(event, openid, time.time(), key)
+    elif command in MESSAGES:
+        message = messages.make(command, openid, time.time())
+    else:
         raise ValueError(f"there is no {line!r}; /help says what there is")
-    message = messages.make(kind, openid, time.time(), key)
-    return to_xml(messages.with_fields(message, words))
+    messages.set_fields(message, words)
+    return messages.outgoing(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,11 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--url", help="the callback; default: the local server's")
     common.add_argument("--token", help="its Token; default: that of config.ini or state_dir")
     message = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    message.add_argument("--as", dest="follower", metavar="NAME", help="the follower; default: me")
+    message.add_argument("--as", dest="name", metavar="NAME", help="the follower; default: me")
     message.add_argument("--xml", action="store_true", help="show the wire both ways")
-    message.add_argument(
-        "--raw", type=Path, metavar="FILE", help="send this body as it is; - is stdin"
-    )
+    raw_help = "send this body as it is; - is stdin"
+    message.add_argument("--raw", type=Path, metavar="FILE", help=raw_help)
     setting = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     setting.add_argument(
         "--set",
@@ -181,91 +173,109 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a field, such as MediaId=abc or ScanCodeInfo.ScanResult=1; may be repeated",
     )
-    description, _, more = (__doc__ or "").partition("\n\n")
+    description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
+        prog="wxsim",
         description=description,
-        epilog=more,
+        epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common, message],
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("verify", parents=[common], help="what the console does on 提交")
+    parents = [common, message, setting]
     for kind in MESSAGES:
-        command = commands.add_parser(
-            kind, parents=[common, message, setting], help=f"a follower's message: {kind}"
-        )
+        command = commands.add_parser(kind, parents=parents, help=f"a follower's message: {kind}")
         if kind == "text":
             command.add_argument("content", nargs="*", help="default: hello")
-    command = commands.add_parser(
-        "event",
-        parents=[common, message, setting],
-        help="an event: subscribe, CLICK, SCAN, …",
-        epilog=f"EVENT is one of {', '.join(EVENTS)}",
-    )
-    command.add_argument("event", metavar="EVENT", choices=EVENTS)
+    epilog = f"These have fields of their own: {', '.join(EVENTS)}. Any other has those of --set."
+    command = commands.add_parser("event", parents=parents, help="an event", epilog=epilog)
+    command.add_argument("event", metavar="EVENT", help="subscribe, CLICK, SCAN, …")
     command.add_argument("--key", help="its EventKey; qrscene_42 makes subscribe a scan")
     commands.add_parser("chat", parents=[common, message], help="a conversation in the terminal")
-    command = commands.add_parser(
-        "load", parents=[common], help="a steady stream of messages, checked and timed"
-    )
-    load.add_arguments(command)
-    command = commands.add_parser("api", help="a fake api.weixin.qq.com")
-    fake_api.add_arguments(command)
+    steady = "a steady stream of messages, checked and timed"
+    load.add_arguments(commands.add_parser("load", parents=[common], help=steady))
+    fake_api.add_arguments(commands.add_parser("api", help="a fake api.weixin.qq.com"))
+    command = commands.add_parser("check", help="look whether a real account has all that it needs")
+    command.add_argument("--url", help="the callback's public address, as in the console")
     return parser
 
 
 def main() -> None:
     """Play WeChat: send what the command line says and print what the follower would see."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
-    parser = _parser()
-    arguments = argparse.Namespace(
-        url="", token="", follower="me", xml=False, raw=None, settings=[], key=None
-    )
-    parser.parse_args(namespace=arguments)
-    if not arguments.command and not arguments.raw:
-        parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
     try:
-        _run(parser, arguments, wxconfig.load())
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ConfigError as error:
         sys.exit(f"wxsim: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, config: Config) -> None:
+def _run() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
+    parser = _parser()
+    arguments = argparse.Namespace(url="", token="", name="me", xml=False, raw=None, settings=[], key=None)
+    parser.parse_args(namespace=arguments)
+    if not arguments.command and not arguments.raw:
+        parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
+    if arguments.command == "check":
+        from wxsim import check  # needs what only the server's machine has
+
+        sys.exit(check.main(arguments.url))
+    config = wxconfig.load()
     if arguments.command == "api":
         fake_api.main(arguments, config)
         return
     to = client.account(config, arguments.url, arguments.token)
     if not client.is_url(to.url):
         parser.error(f"--url must be http://… or https://…, not {to.url!r}")
-    openid = messages.openid(arguments.follower)
     if arguments.command == "verify":
         sys.exit(not verify(to))
     if arguments.command == "load":
         sys.exit(not load.main(arguments, to))
-    if arguments.raw:
-        try:
-            body = (
-                sys.stdin.buffer.read() if str(arguments.raw) == "-" else arguments.raw.read_bytes()
-            )
-        except OSError as error:
-            parser.error(f"--raw {arguments.raw}: {error.strerror}")
-        sys.exit(not send(to, body, openid, arguments.xml, raw=True))
-    if arguments.command == "chat":
-        chat(to, arguments.follower, arguments.xml)
+    if arguments.command == "chat" and not arguments.raw:
+        chat(to, arguments.name, arguments.xml)
         return
-    event = arguments.command == "event"
-    kind = arguments.event if event else arguments.command
-    message = messages.make(kind, openid, time.time(), arguments.key)
-    if kind == "text" and arguments.content:
-        message["Content"] = " ".join(arguments.content)
+    if arguments.raw:
+        to = Account(to.url, to.token)  # without a key: the body goes out as it is
     try:
-        xml = to_xml(messages.with_fields(message, arguments.settings))
+        message = _message(arguments)
+    except OSError as error:
+        parser.error(f"--raw {arguments.raw}: {error.strerror}")
     except ValueError as error:
         parser.error(f"--set {error}")
-    sys.exit(not send(to, xml, openid, arguments.xml))
+    sys.exit(not send(to, message, arguments.xml))
+
+
+def _message(arguments: argparse.Namespace) -> Outgoing:
+    """Make the message that the command line asks for.
+
+    Raises:
+        OSError: the file of ``--raw`` cannot be read.
+        ValueError: a ``--set`` is no setting.
+    """
+    openid, now = messages.openid(arguments.name), time.time()
+    if arguments.raw:
+        is_stdin = str(arguments.raw) == "-"
+        body = sys.stdin.buffer.read() if is_stdin else arguments.raw.read_bytes()
+        return messages.outgoing_raw(body, openid)
+    if arguments.command == "event":
+        message = messages.make_event(arguments.event, openid, now, arguments.key)
+    else:
+        message = messages.make(arguments.command, openid, now)
+    if arguments.command == "text" and arguments.content:
+        message["Content"] = " ".join(arguments.content)
+    messages.set_fields(message, arguments.settings)
+    return messages.outgoing(message)
 
 
 if __name__ == "__main__":

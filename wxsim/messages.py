@@ -9,13 +9,20 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from wxmessage import Message
 
 ACCOUNT = "gh_97417a04a28d"  # the made-up account that all messages are sent to
+_NAME = r"[A-Za-z_][\w-]*"  # of an XML element
+_SETTING = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.ASCII | re.DOTALL)
+_FIELD = re.compile(
+    r"<(ToUserName|FromUserName|MsgType|Encrypt)>(?:<!\[CDATA\[)?([^][<>]*)", re.ASCII
+)
 _URL = "https://mmbiz.qpic.cn/example"
 _MEDIA = "bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"
 _PHOTOS = {"Count": "1", "PicList": {"item": {"PicMd5Sum": "1b5f7c23b5bf75682a53e7b6d163e185"}}}
@@ -54,10 +61,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     "pic_sysphoto": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
     "pic_photo_or_album": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
     "pic_weixin": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
-    "location_select": {
-        "EventKey": "menu1",
-        "SendLocationInfo": {**_PLACE, "Poiname": ""},
-    },
+    "location_select": {"EventKey": "menu1", "SendLocationInfo": {**_PLACE, "Poiname": ""}},
     "TEMPLATESENDJOBFINISH": {"MsgID": "200163836", "Status": "success"},
     "MASSSENDJOBFINISH": {
         "MsgID": "1000001625",
@@ -99,56 +103,105 @@ EVENTS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """A message on its way to the account.
+
+    ``xml`` is what goes out, which no parser may be able to read. ``fields`` is what the sender
+    knows of it all the same. ``openid`` is the follower whom the query of the request names.
+    """
+
+    xml: bytes
+    fields: Message
+    openid: str
+
+
 def openid(name: str) -> str:
     """Return the OpenID of the made-up follower ``name``: 28 characters, always the same."""
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return "o" + base64.urlsafe_b64encode(digest).decode()[:27]
 
 
-def make(kind: str, follower: str, now: float, key: str | None = None) -> Message:
-    """Make a message or an event of ``follower`` to the account.
+def make(kind: str, follower: str, now: float) -> Message:
+    """Make a message of ``follower`` to the account, by its MsgType in ``MESSAGES``.
 
     Args:
-        kind: a MsgType of ``MESSAGES``, or an Event of ``EVENTS``.
+        kind: the MsgType.
         follower: an OpenID.
         now: Unix time in seconds, for CreateTime.
-        key: the EventKey of an event; a subscribe with one came by a QR code and has a Ticket.
 
     Raises:
-        KeyError: there is no such kind.
+        KeyError: there is no such MsgType.
     """
-    message: Message = {
-        "ToUserName": ACCOUNT,
-        "FromUserName": follower,
-        "CreateTime": int(now),
-    }
-    if kind in MESSAGES:
-        msg_id = 24 * 10**15 + secrets.randbelow(10**15)
-        return {**message, "MsgType": kind, **MESSAGES[kind], "MsgId": msg_id}
-    message |= {"MsgType": "event", "Event": kind, **EVENTS[kind]}
+    msg_id = 24 * 10**15 + secrets.randbelow(10**15)
+    common = {"ToUserName": ACCOUNT, "FromUserName": follower, "CreateTime": int(now)}
+    return {**common, "MsgType": kind, **copy.deepcopy(MESSAGES[kind]), "MsgId": msg_id}
+
+
+def make_event(event: str, follower: str, now: float, key: str | None = None) -> Message:
+    """Make an event of ``follower``; one that is not in ``EVENTS`` has no fields of its own.
+
+    Args:
+        event: the Event.
+        follower: an OpenID.
+        now: Unix time in seconds, for CreateTime.
+        key: the EventKey; a subscribe with one came by a QR code and has a Ticket.
+    """
+    message = {"ToUserName": ACCOUNT, "FromUserName": follower, "CreateTime": int(now)}
+    message |= {"MsgType": "event", "Event": event, **copy.deepcopy(EVENTS.get(event, {}))}
     if key is not None:
         message["EventKey"] = key
-        if kind == "subscribe" and key:
+        if event == "subscribe" and key:
             message["Ticket"] = EVENTS["SCAN"]["Ticket"]
     return message
 
 
-def with_fields(message: Message, settings: Iterable[str]) -> Message:
-    """Return ``message`` with each ``Name=value`` or ``Name.Inner=value`` of ``settings`` in it.
+def set_fields(message: Message, settings: Iterable[str]) -> None:
+    """Set each ``Name=value`` or ``Name.Inner=value`` of ``settings`` in ``message``.
 
     Raises:
-        ValueError: a setting without ``=``, or one inside of what has nothing inside.
+        ValueError: a setting without ``=``, a name that no XML element can have, or an ``Inner``
+            of a field that is a text.
     """
-    changed = copy.deepcopy(message)
     for setting in settings:
-        path, equals, value = setting.partition("=")
-        *outer, name = path.split(".")
-        if not (equals and name and all(outer)):
+        if not (parts := _SETTING.fullmatch(setting)):
             raise ValueError(f"{setting!r} is not NAME=VALUE")
-        inside = changed
+        path, value = parts.groups()
+        *outer, name = path.split(".")
+        inside = message
         for part in outer:
             inside = inside.setdefault(part, {})
             if not isinstance(inside, dict):
                 raise ValueError(f"{setting!r}: {part} has no elements inside")
         inside[name] = value
-    return changed
+
+
+def outgoing(message: Message) -> Outgoing:
+    """Return ``message`` as WeChat sends it."""
+    return Outgoing(as_wechat_writes(message), message, message["FromUserName"])
+
+
+def outgoing_raw(body: bytes, follower: str) -> Outgoing:
+    """Return any bytes as a message; its fields are those that a pattern finds, if it has any."""
+    found = _FIELD.findall(body.decode(errors="surrogateescape"))
+    return Outgoing(body, dict(reversed(found)), follower)
+
+
+def as_wechat_writes(message: Message) -> bytes:
+    """Write ``<xml>…</xml>`` as WeChat does, which escapes nothing that a follower typed.
+
+    ``]]>`` ends the CDATA early and control characters stand as they are, so the result may be
+    not well-formed. A str that holds bytes that are no UTF-8, as sys.argv does, is written as
+    those bytes.
+    """
+    return f"<xml>{_elements(message)}</xml>".encode(errors="surrogateescape")
+
+
+def _elements(fields: Message) -> str:
+    return "".join(f"<{name}>{_content(value)}</{name}>" for name, value in fields.items())
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, dict):
+        return _elements(value)
+    return str(value) if isinstance(value, int) else f"<![CDATA[{value}]]>"
