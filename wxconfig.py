@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import fcntl
 import logging
 import os
 import re
@@ -254,6 +253,12 @@ def callback_token(config: Config) -> str:
         return config.token
     if config.redis:
         raise ConfigError("[wechat] token: with [shared] redis set it, the same on every machine")
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "[wechat] token: to make one needs Linux or macOS; on Windows use WSL, or set it"
+        ) from None
     path = config.state_dir / "callback_token"
     try:
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

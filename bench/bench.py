@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ import token_store
 import wxcrypto
 import wxmessage
 import wxserver
-from wxsim import messages
-from wxsim import client
 from wxconfig import Config
+from wxsim import client, messages
+from wxsim.follower import read
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -290,7 +291,7 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
-        event = wxmessage.to_xml(messages.make("subscribe", "o9AgO5Kd5ggOC", time.time()))
+        event = wxmessage.to_xml(messages.make_event("subscribe", "o9AgO5Kd5ggOC", time.time()))
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
             "POST, an event": (calls(plain, "POST", query(), event), 1000),
@@ -313,13 +314,15 @@ async def slow_replies(server: Server, followers: int, seconds: int = 12) -> lis
     """Let followers ask at once for what takes long, and somebody else for what does not."""
     to = client.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
     tries: Counter[int] = Counter()
+    pool = ThreadPoolExecutor(followers + 1)
 
     async def ask(follower: str, text: str) -> float:
         began, failed = time.monotonic(), []
         message = messages.make("text", follower, time.time()) | {"Content": text}
-        xml = wxmessage.to_xml(message)
-        answer = await client.deliver(to, xml, follower, lambda *why: failed.append(why))
-        if answer and client.read(to, xml, answer).text == text:
+        outgoing = messages.outgoing(message)
+        arguments = (client.deliver, to, outgoing, lambda *why: failed.append(why))
+        answer = await asyncio.get_running_loop().run_in_executor(pool, *arguments)
+        if answer and read(to, message, answer.body).text == text:
             tries[len(failed) + 1] += 1
         return time.monotonic() - began
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import wxconfig
-from wxconfig import Config, ConfigError
+from wxconfig import ConfigError
 from wxsim import client, fake_api, follower, load, messages
 from wxsim.client import Account
 from wxsim.messages import EVENTS, MESSAGES, Outgoing
@@ -223,13 +223,17 @@ def _run() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
     parser = _parser()
-    arguments = argparse.Namespace(url="", token="", name="me", xml=False, raw=None, settings=[], key=None)
+    arguments = argparse.Namespace(
+        url="", token="", name="me", xml=False, raw=None, settings=[], key=None
+    )
     parser.parse_args(namespace=arguments)
     if not arguments.command and not arguments.raw:
         parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
     if arguments.command == "check":
-        from wxsim import check  # needs what only the server's machine has
-
+        try:
+            from wxsim import check
+        except ModuleNotFoundError:
+            sys.exit("wxsim check: needs Linux or macOS; on Windows use WSL")
         sys.exit(check.main(arguments.url))
     config = wxconfig.load()
     if arguments.command == "api":

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import secrets
 import signal
@@ -477,7 +478,8 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
 
 def _listen(api: FakeApi) -> None:
     # In the background of a shell, a read from its terminal would stop the process.
-    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    if hasattr(signal, "SIGTTIN"):  # which Windows has not
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(OSError):
@@ -486,5 +488,7 @@ def _listen(api: FakeApi) -> None:
 
 
 def _say(text: str) -> None:
-    # In one piece, for several threads write.
-    print(f"{text}\n", end="", flush=True)
+    try:
+        print(f"{text}\n", end="", flush=True)  # in one piece, for several threads write
+    except BrokenPipeError:  # of `| head`, which has read enough; main() may wait for a line
+        os._exit(1)

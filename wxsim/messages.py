@@ -7,7 +7,6 @@ Sources of the fields: the pages 接收普通消息, 接收事件推送, 自定�
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
 import re
 import secrets
@@ -23,83 +22,55 @@ _SETTING = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.ASCII | re.DOTALL)
 _FIELD = re.compile(
     r"<(ToUserName|FromUserName|MsgType|Encrypt)>(?:<!\[CDATA\[)?([^][<>]*)", re.ASCII
 )
-_URL = "https://mmbiz.qpic.cn/example"
-_MEDIA = "bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"
-_PHOTOS = {"Count": "1", "PicList": {"item": {"PicMd5Sum": "1b5f7c23b5bf75682a53e7b6d163e185"}}}
-_PLACE = {"Location_X": "23.134521", "Location_Y": "113.358803", "Scale": "20", "Label": "广州"}
-_TEMPLATE = {"TemplateId": "VRR0UEO9VJOLs0MHlU0OilqX6MVFDwH3_3gz3Oc0NIc"}
+_MEDIA = "MediaId=bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"
+_THUMB = "ThumbMediaId=eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodyBzaSBrY3Vs"
+_PLACE = "Location_X=23.134521|{0}Location_Y=113.358803|{0}Scale=20|{0}Label=广州"
+_PHOTO = "SendPicsInfo.PicList.item.PicMd5Sum=1b5f7c23b5bf75682a53e7b6d163e185"
+_PHOTOS = f"EventKey=menu1|SendPicsInfo.Count=1|{_PHOTO}"
+_TEMPLATE = "TemplateId=VRR0UEO9VJOLs0MHlU0OilqX6MVFDwH3_3gz3Oc0NIc"
+_TICKET = "Ticket=gQFwTICKET"
+_PUBLISHED = "PublishEventInfo.article_detail"
 
-MESSAGES: dict[str, dict[str, Any]] = {
-    "text": {"Content": "hello"},
-    "image": {"PicUrl": f"{_URL}.jpg", "MediaId": _MEDIA},
-    "voice": {"MediaId": _MEDIA, "Format": "amr", "MediaId16K": _MEDIA[::-1]},
-    "video": {"MediaId": _MEDIA, "ThumbMediaId": _MEDIA[::-1]},
-    "shortvideo": {"MediaId": _MEDIA, "ThumbMediaId": _MEDIA[::-1]},
-    "location": _PLACE,
-    "link": {
-        "Title": "微信公众平台",
-        "Description": "开发者文档",
-        "Url": "https://mp.weixin.qq.com/",
-    },
+# The fields of each MsgType and Event beside the common ones, as --set takes them.
+MESSAGES = {
+    "text": "Content=hello",
+    "image": f"PicUrl=https://mmbiz.qpic.cn/example.jpg|{_MEDIA}",
+    "voice": f"{_MEDIA}|Format=amr|MediaId16K=eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodw",
+    "video": f"{_MEDIA}|{_THUMB}",
+    "shortvideo": f"{_MEDIA}|{_THUMB}",
+    "location": _PLACE.format(""),
+    "link": "Title=微信公众平台|Description=开发者文档|Url=https://mp.weixin.qq.com/",
 }
-EVENTS: dict[str, dict[str, Any]] = {
-    "subscribe": {"EventKey": ""},
-    "unsubscribe": {"EventKey": ""},
-    "SCAN": {"EventKey": "42", "Ticket": "gQFwTICKET"},
-    "LOCATION": {"Latitude": "23.137466", "Longitude": "113.352425", "Precision": "119.385040"},
-    "CLICK": {"EventKey": "menu1"},
-    "VIEW": {"EventKey": "https://example.com/", "MenuId": "429108107"},
-    "view_miniprogram": {"EventKey": "pages/index/index", "MenuId": "429108107"},
-    "scancode_push": {
-        "EventKey": "menu1",
-        "ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "https://example.com/"},
-    },
-    "scancode_waitmsg": {
-        "EventKey": "menu1",
-        "ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "1"},
-    },
-    "pic_sysphoto": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
-    "pic_photo_or_album": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
-    "pic_weixin": {"EventKey": "menu1", "SendPicsInfo": _PHOTOS},
-    "location_select": {"EventKey": "menu1", "SendLocationInfo": {**_PLACE, "Poiname": ""}},
-    "TEMPLATESENDJOBFINISH": {"MsgID": "200163836", "Status": "success"},
-    "MASSSENDJOBFINISH": {
-        "MsgID": "1000001625",
-        "Status": "send success",
-        "TotalCount": "100",
-        "FilterCount": "80",
-        "SentCount": "75",
-        "ErrorCount": "5",
-    },
-    "PUBLISHJOBFINISH": {
-        "PublishEventInfo": {
-            "publish_id": "2247503051",
-            "publish_status": "0",
-            "article_id": "b5O2OUs25HBxRceL7hfReg",
-            "article_detail": {
-                "count": "1",
-                "item": {"idx": "1", "article_url": "https://mp.weixin.qq.com/s/example"},
-            },
-        }
-    },
-    "subscribe_msg_popup_event": {
-        "SubscribeMsgPopupEvent": {
-            "List": {**_TEMPLATE, "SubscribeStatusString": "accept", "PopupScene": "2"}
-        }
-    },
-    "subscribe_msg_change_event": {
-        "SubscribeMsgChangeEvent": {"List": {**_TEMPLATE, "SubscribeStatusString": "reject"}}
-    },
-    "subscribe_msg_sent_event": {
-        "SubscribeMsgSentEvent": {
-            "List": {
-                **_TEMPLATE,
-                "MsgID": "1700827132819554304",
-                "ErrorCode": "0",
-                "ErrorStatus": "success",
-            }
-        }
-    },
+EVENTS = {
+    "subscribe": "EventKey=",
+    "unsubscribe": "EventKey=",
+    "SCAN": f"EventKey=42|{_TICKET}",
+    "LOCATION": "Latitude=23.137466|Longitude=113.352425|Precision=119.385040",
+    "CLICK": "EventKey=menu1",
+    "VIEW": "EventKey=https://example.com/|MenuId=429108107",
+    "view_miniprogram": "EventKey=pages/index/index|MenuId=429108107",
+    "scancode_push": "EventKey=menu1|ScanCodeInfo.ScanType=qrcode"
+    "|ScanCodeInfo.ScanResult=https://example.com/",
+    "scancode_waitmsg": "EventKey=menu1|ScanCodeInfo.ScanType=qrcode|ScanCodeInfo.ScanResult=1",
+    "pic_sysphoto": _PHOTOS,
+    "pic_photo_or_album": _PHOTOS,
+    "pic_weixin": _PHOTOS,
+    "location_select": f"EventKey=menu1|{_PLACE.format('SendLocationInfo.')}"
+    "|SendLocationInfo.Poiname=",
+    "TEMPLATESENDJOBFINISH": "MsgID=200163836|Status=success",
+    "MASSSENDJOBFINISH": "MsgID=1000001625|Status=send success|TotalCount=100|FilterCount=80"
+    "|SentCount=75|ErrorCount=5",
+    "PUBLISHJOBFINISH": "PublishEventInfo.publish_id=2247503051|PublishEventInfo.publish_status=0"
+    f"|PublishEventInfo.article_id=b5O2OUs25HBxRceL7hfReg|{_PUBLISHED}.count=1"
+    f"|{_PUBLISHED}.item.idx=1|{_PUBLISHED}.item.article_url=https://mp.weixin.qq.com/s/example",
+    "subscribe_msg_popup_event": f"SubscribeMsgPopupEvent.List.{_TEMPLATE}"
+    "|SubscribeMsgPopupEvent.List.SubscribeStatusString=accept"
+    "|SubscribeMsgPopupEvent.List.PopupScene=2",
+    "subscribe_msg_change_event": f"SubscribeMsgChangeEvent.List.{_TEMPLATE}"
+    "|SubscribeMsgChangeEvent.List.SubscribeStatusString=reject",
+    "subscribe_msg_sent_event": f"SubscribeMsgSentEvent.List.{_TEMPLATE}"
+    "|SubscribeMsgSentEvent.List.MsgID=1700827132819554304"
+    "|SubscribeMsgSentEvent.List.ErrorCode=0|SubscribeMsgSentEvent.List.ErrorStatus=success",
 }
 
 
@@ -123,37 +94,35 @@ def openid(name: str) -> str:
 
 
 def make(kind: str, follower: str, now: float) -> Message:
-    """Make a message of ``follower`` to the account, by its MsgType in ``MESSAGES``.
-
-    Args:
-        kind: the MsgType.
-        follower: an OpenID.
-        now: Unix time in seconds, for CreateTime.
+    """Make a message of ``follower``, an OpenID, at ``now`` in Unix seconds.
 
     Raises:
-        KeyError: there is no such MsgType.
+        KeyError: ``kind`` is no MsgType of ``MESSAGES``.
     """
-    msg_id = 24 * 10**15 + secrets.randbelow(10**15)
-    common = {"ToUserName": ACCOUNT, "FromUserName": follower, "CreateTime": int(now)}
-    return {**common, "MsgType": kind, **copy.deepcopy(MESSAGES[kind]), "MsgId": msg_id}
+    message = _common_fields(follower, now, kind)
+    set_fields(message, MESSAGES[kind].split("|"))
+    return message | {"MsgId": 24 * 10**15 + secrets.randbelow(10**15)}
 
 
 def make_event(event: str, follower: str, now: float, key: str | None = None) -> Message:
-    """Make an event of ``follower``; one that is not in ``EVENTS`` has no fields of its own.
+    """Make an event of ``follower``, an OpenID, at ``now`` in Unix seconds.
 
-    Args:
-        event: the Event.
-        follower: an OpenID.
-        now: Unix time in seconds, for CreateTime.
-        key: the EventKey; a subscribe with one came by a QR code and has a Ticket.
+    An Event that is not in ``EVENTS`` has the common fields alone. ``key`` is the EventKey; a
+    subscribe with one came by a QR code and has a Ticket.
     """
-    message = {"ToUserName": ACCOUNT, "FromUserName": follower, "CreateTime": int(now)}
-    message |= {"MsgType": "event", "Event": event, **copy.deepcopy(EVENTS.get(event, {}))}
+    message = _common_fields(follower, now, "event") | {"Event": event}
+    if event in EVENTS:
+        set_fields(message, EVENTS[event].split("|"))
     if key is not None:
         message["EventKey"] = key
         if event == "subscribe" and key:
-            message["Ticket"] = EVENTS["SCAN"]["Ticket"]
+            set_fields(message, [_TICKET])
     return message
+
+
+def _common_fields(follower: str, now: float, kind: str) -> Message:
+    names = {"ToUserName": ACCOUNT, "FromUserName": follower}
+    return {**names, "CreateTime": int(now), "MsgType": kind}
 
 
 def set_fields(message: Message, settings: Iterable[str]) -> None:
