@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -320,8 +321,8 @@ async def slow_replies(server: Server, followers: int, seconds: int = 12) -> lis
         began, failed = time.monotonic(), []
         message = messages.make("text", follower, time.time()) | {"Content": text}
         outgoing = messages.outgoing(message)
-        arguments = (client.deliver, to, outgoing, lambda *why: failed.append(why))
-        answer = await asyncio.get_running_loop().run_in_executor(pool, *arguments)
+        send = partial(client.deliver, to, outgoing, lambda *why: failed.append(why))
+        answer = await asyncio.get_running_loop().run_in_executor(pool, send)
         if answer and read(to, message, answer.body).text == text:
             tries[len(failed) + 1] += 1
         return time.monotonic() - began

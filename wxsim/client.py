@@ -229,9 +229,10 @@ def _exchange(
 
 
 def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """Close the connection under the thread that waits for it; another thread may do it too."""
-    with contextlib.suppress(OSError, AttributeError):
-        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+    """Close the connection under the thread that waits for it."""
+    if connection.sock:
+        with contextlib.suppress(OSError):  # that thread has just closed it
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def verify(to: Account, timeout: float = WECHAT_TIMEOUT) -> str:
