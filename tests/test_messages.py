@@ -1,4 +1,4 @@
-"""The simulator's made-up followers: every MsgType and Event of the platform's tables."""
+"""The simulator's messages: every MsgType and Event of the tables, as WeChat writes them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webtest import TestApp
 
-from wxsim import messages
-from wxsim import client
 from wxconfig import Config
-from wxmessage import Message, from_xml, to_xml
+from wxmessage import Message, from_xml
 from wxserver import create_application
+from wxsim import client, messages
 
 ME = messages.openid("me")
 NOW = 1714036504
@@ -57,6 +56,13 @@ def field(message: Any, path: str) -> Any:
     return message
 
 
+def made(kind: str, now: float = NOW, key: str | None = None) -> Message:
+    """Make a message or an event of the tables."""
+    if kind in messages.MESSAGES:
+        return messages.make(kind, ME, now)
+    return messages.make_event(kind, ME, now, key)
+
+
 def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     """Send ``message`` as the simulator does; return what ``reply()`` gets of it."""
     config = Config(
@@ -65,7 +71,7 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     got: list[dict[str, Any]] = []
     app = TestApp(create_application(config, got.append))
     account = client.account(config, "http://localhost/wx")
-    url, body = client.wrap(account, to_xml(message), message["FromUserName"])
+    url, body = client.request(account, messages.outgoing(message))
     assert app.post(url, body).body == b"success"
     (only,) = got
     return only
@@ -73,7 +79,7 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_message_reaches_reply_with_the_fields_of_its_page(kind: str) -> None:
-    message = received(messages.make(kind, ME, NOW + 0.9))
+    message = received(made(kind, NOW + 0.9))
     assert message["ToUserName"].startswith("gh_")
     assert (message["FromUserName"], message["CreateTime"]) == (ME, str(NOW))
     if kind in messages.EVENTS:
@@ -90,14 +96,24 @@ def test_there_is_no_kind_beside_those_of_the_tables() -> None:
     assert {*messages.MESSAGES, *messages.EVENTS} == set(PAGES)
 
 
+def test_an_event_beside_those_of_the_tables_has_the_common_fields_alone() -> None:
+    message = received(messages.make_event("user_authorization_revoke", ME, NOW))
+    assert set(message) == {"ToUserName", "FromUserName", "CreateTime", "MsgType", "Event"}
+    assert (message["MsgType"], message["Event"]) == ("event", "user_authorization_revoke")
+
+
+def test_an_event_may_be_called_as_a_msgtype_is() -> None:
+    assert messages.make_event("text", ME, NOW)["MsgType"] == "event"
+
+
 @pytest.mark.parametrize("encryption", ["plain", "compatible", "safe"])
 def test_in_every_mode_reply_gets_the_same(encryption: str) -> None:
-    message = messages.make("pic_weixin", ME, NOW, "菜单 ]]> <&")
-    assert received(message, encryption) == from_xml(to_xml(message))
+    message = made("pic_weixin", key="菜单 <&")
+    assert received(message, encryption) == {**message, "CreateTime": str(NOW)}
 
 
 def test_a_subscription_by_qr_code_has_its_scene_and_a_ticket() -> None:
-    plain, scanned = (messages.make("subscribe", ME, NOW, key) for key in (None, "qrscene_1"))
+    plain, scanned = (made("subscribe", key=key) for key in (None, "qrscene_1"))
     assert "Ticket" not in plain
     assert scanned["EventKey"] == "qrscene_1"
     assert scanned["Ticket"]
@@ -115,19 +131,73 @@ def test_a_follower_of_any_name_has_one_openid_that_looks_like_one(name: str) ->
 
 
 def test_a_field_can_be_set_added_or_set_inside_another() -> None:
-    made = messages.make("scancode_waitmsg", ME, NOW)
-    settings = ["EventKey=a=b", "Idx=1", "ScanCodeInfo.ScanResult=", "A.B.C=d"]
-    message = messages.with_fields(made, settings)
+    message = made("scancode_waitmsg")
+    settings = ["EventKey=a=b", "Idx=1", "ScanCodeInfo.ScanResult=", "A.B.C=d\n"]
+    messages.set_fields(message, settings)
     assert (message["EventKey"], message["Idx"]) == ("a=b", "1")
     assert message["ScanCodeInfo"] == {"ScanType": "qrcode", "ScanResult": ""}
-    assert message["A"] == {"B": {"C": "d"}}
-    for unchanged in (made, messages.make("scancode_waitmsg", ME, NOW)):
-        assert (unchanged["EventKey"], unchanged["ScanCodeInfo"]["ScanResult"]) == ("menu1", "1")
+    assert message["A"] == {"B": {"C": "d\n"}}
+    unchanged = made("scancode_waitmsg")
+    assert (unchanged["EventKey"], unchanged["ScanCodeInfo"]["ScanResult"]) == ("menu1", "1")
 
 
 @pytest.mark.parametrize(
-    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "Content.A=x"]
+    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "a b=x", "<A>=x", "Content.A=x"]
 )
 def test_what_is_no_setting_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=r"is not NAME=VALUE|has no elements inside"):
-        messages.with_fields(messages.make("text", ME, NOW), [setting])
+        messages.set_fields(made("text"), [setting])
+
+
+TYPED = [
+    "x]]></Content><Event><![CDATA[subscribe]]></Event><Content><![CDATA[y",
+    "<![CDATA[ <a>b</a> <!DOCTYPE xml> &amp; &nosuch; ]]>",
+    "a\x1dc \0 \x08 \x1b \ufffe \uffff",
+    "two\r\nlines\tand a tab",
+    "\udcff\udc80 are two bytes",  # as sys.argv holds the bytes FF and 80
+]
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_is_typed_goes_out_as_it_is(typed: str) -> None:
+    message = made("text") | {"Content": typed}
+    as_bytes = typed.encode(errors="surrogateescape")
+    xml = messages.outgoing(message).xml
+    assert xml.count(b"<Content><![CDATA[" + as_bytes + b"]]></Content>") == 1
+    assert xml.startswith(b"<xml><ToUserName><![CDATA[gh_")
+    assert xml.endswith(b"]]></Content><MsgId>%d</MsgId></xml>" % message["MsgId"])
+
+
+@given(st.text())
+def test_any_text_goes_out_as_it_is_in_a_nested_field_too(typed: str) -> None:
+    message = made("location_select")
+    messages.set_fields(message, [f"SendLocationInfo.Label={typed}"])
+    xml = messages.as_wechat_writes(message)
+    assert f"<Label><![CDATA[{typed}]]></Label>".encode() in xml
+
+
+def test_what_needs_no_escape_is_read_as_it_was() -> None:
+    for kind in PAGES:
+        message = made(kind)
+        read = from_xml(messages.as_wechat_writes(message))
+        assert read == {k: str(v) if isinstance(v, int) else v for k, v in message.items()}
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (b"", {}),
+        (b"\xff\0 no XML", {}),
+        (
+            b"<xml><ToUserName><![CDATA[gh_1]]></ToUserName><FromUserName>o1</FromUserName>"
+            b"<MsgType><![CDATA[text]]></MsgType><Content><![CDATA[\xff ]]>]]></Content></xml>",
+            {"ToUserName": "gh_1", "FromUserName": "o1", "MsgType": "text"},
+        ),
+        (b"<MsgType>event</MsgType><MsgType>text</MsgType>", {"MsgType": "event"}),
+        (b"<xml><Encrypt><![CDATA[ab+/=]]></Encrypt></xml>", {"Encrypt": "ab+/="}),
+    ],
+)
+def test_the_fields_of_a_raw_body_are_found_even_if_it_is_not_well_formed(
+    body: bytes, fields: Message
+) -> None:
+    assert messages.outgoing_raw(body, ME) == messages.Outgoing(body, fields, ME, raw=True)

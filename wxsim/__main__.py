@@ -249,8 +249,6 @@ def _run() -> None:
     if arguments.command == "chat" and not arguments.raw:
         chat(to, arguments.name, arguments.xml)
         return
-    if arguments.raw:
-        to = Account(to.url, to.token)  # without a key: the body goes out as it is
     try:
         message = _message(arguments)
     except OSError as error:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 import wxconfig
 import wxcrypto
@@ -105,7 +105,7 @@ def request(to: Account, message: Outgoing) -> tuple[str, bytes]:
     """Return the URL and the body of the request that brings ``message``, encrypted if need be."""
     fields, body = message.fields, message.xml
     encrypt = str(fields.get("Encrypt", ""))  # of a file that was encrypted before
-    if to.cipher:
+    if to.cipher and not message.raw:
         encrypt = to.cipher.encrypt(message.xml)
         readable = fields if to.encryption == "compatible" else {"ToUserName": fields["ToUserName"]}
         body = messages.as_wechat_writes({**readable, "Encrypt": encrypt})
@@ -151,50 +151,53 @@ def exchange(url: str, body: bytes | None = None, timeout: float = WECHAT_TIMEOU
     Raises:
         NoAnswer: nobody listens, nothing comes in time, or what comes is not HTTP.
     """
-    began, future = time.monotonic(), Future[tuple[int, Any, bytes]]()
-    host = urlsplit(url).hostname
+    began, parts = time.monotonic(), urlsplit(url)
+    opened: list[socket.socket] = []
+    future: Future[tuple[int, Any, bytes]] = Future()
+
+    def run() -> None:
+        try:
+            with contextlib.closing(_connection(parts, timeout)) as connection:
+                connection.connect()
+                opened.append(connection.sock)
+                if time.monotonic() - began < timeout:
+                    future.set_result(_exchange(connection, parts, body))
+        except Exception as error:  # noqa: BLE001  told apart below
+            future.set_exception(error)
+
     try:
-        connection = _connection(url, timeout)
-
-        def run() -> None:
-            try:
-                future.set_result(_exchange(connection, url, body, began + timeout))
-            except Exception as error:  # noqa: BLE001  the caller's to tell apart
-                future.set_exception(error)
-            finally:
-                connection.close()
-
         threading.Thread(target=run, daemon=True).start()
         status, headers, content = future.result(timeout)
     except (TimeoutError, futures.TimeoutError):
-        _hang_up(connection)
         raise NoAnswer(f"no answer within {timeout:g} s") from None
     except (socket.gaierror, UnicodeError, http.client.InvalidURL):
-        raise NoAnswer(f"the name {host} does not resolve") from None
+        raise NoAnswer(f"the name {parts.hostname} does not resolve") from None
     except http.client.RemoteDisconnected:
         raise NoAnswer("the connection broke off without an answer") from None
     except http.client.IncompleteRead as error:
         raise NoAnswer(f"the answer broke off after {len(error.partial)} bytes") from None
-    except (http.client.HTTPException, ValueError):
-        raise NoAnswer("the answer is not HTTP") from None
     except ssl.SSLError as error:
         raise NoAnswer(f"TLS failed: {getattr(error, 'verify_message', '') or error}") from None
+    except (http.client.HTTPException, ValueError):
+        raise NoAnswer("the answer is not HTTP") from None
     except ConnectionRefusedError:
         raise NoAnswer("the connection was refused; is the server running?") from None
     except OSError as error:
         raise NoAnswer(f"the connection broke off: {error.strerror or error}") from None
     except RuntimeError:
         raise NoAnswer("this machine can start no more threads") from None
+    finally:
+        for connection in opened:
+            with contextlib.suppress(OSError):  # closed already
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
     return Answer(status, headers, content, time.monotonic() - began)
 
 
-def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
-    parts = urlsplit(url)
+def _connection(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    host, port = str(parts.hostname), parts.port
     if parts.scheme == "http":
-        return http.client.HTTPConnection(str(parts.hostname), parts.port or 80, timeout)
-    return http.client.HTTPSConnection(
-        str(parts.hostname), parts.port or 443, timeout=timeout, context=_trusting()
-    )
+        return http.client.HTTPConnection(host, port or 80, timeout)
+    return http.client.HTTPSConnection(host, port or 443, timeout=timeout, context=_trusting())
 
 
 @functools.cache
@@ -203,36 +206,25 @@ def _trusting() -> ssl.SSLContext:
 
 
 def _exchange(
-    connection: http.client.HTTPConnection, url: str, body: bytes | None, deadline: float
+    connection: http.client.HTTPConnection, parts: SplitResult, body: bytes | None
 ) -> tuple[int, Any, bytes]:
-    parts = urlsplit(url)
     target = quote(f"{parts.path or '/'}?{parts.query}", safe=string.punctuation)
     headers = {"User-Agent": "Mozilla/4.0", "Accept": "*/*", "Connection": "close"}
     if body is not None:
         headers["Content-Type"] = "text/xml"
-    connection.connect()
-    if time.monotonic() > deadline:
-        raise TimeoutError
     connection.request("GET" if body is None else "POST", target, body, headers)
-    response = connection.getresponse()
     content = b""
-    try:
-        while piece := response.read1(65536):
-            content += piece
-            if len(content) > LARGEST_ANSWER:
-                raise NoAnswer(f"the answer is larger than {LARGEST_ANSWER} bytes")
-    except http.client.IncompleteRead:  # which knows the last chunk alone
-        raise http.client.IncompleteRead(content) from None
-    if response.length:  # bytes that are missing
-        raise http.client.IncompleteRead(content)
-    return response.status, response.headers, content
-
-
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """Close the connection under the thread that waits for it."""
-    if connection.sock:
-        with contextlib.suppress(OSError):  # that thread has just closed it
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+    with connection.getresponse() as response:
+        try:
+            while piece := response.read1(65536):
+                content += piece
+                if len(content) > LARGEST_ANSWER:
+                    raise NoAnswer(f"the answer is larger than {LARGEST_ANSWER} bytes")
+        except http.client.IncompleteRead:  # which counts the last chunk alone
+            raise http.client.IncompleteRead(content) from None
+        if response.length:  # bytes that did not come
+            raise http.client.IncompleteRead(content)
+        return response.status, response.headers, content
 
 
 def verify(to: Account, timeout: float = WECHAT_TIMEOUT) -> str:

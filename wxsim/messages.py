@@ -24,7 +24,7 @@ _FIELD = re.compile(
 )
 _MEDIA = "MediaId=bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"
 _THUMB = "ThumbMediaId=eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodyBzaSBrY3Vs"
-_PLACE = "Location_X=23.134521|{0}Location_Y=113.358803|{0}Scale=20|{0}Label=广州"
+_PLACE = "{0}Location_X=23.134521|{0}Location_Y=113.358803|{0}Scale=20|{0}Label=广州"
 _PHOTO = "SendPicsInfo.PicList.item.PicMd5Sum=1b5f7c23b5bf75682a53e7b6d163e185"
 _PHOTOS = f"EventKey=menu1|SendPicsInfo.Count=1|{_PHOTO}"
 _TEMPLATE = "TemplateId=VRR0UEO9VJOLs0MHlU0OilqX6MVFDwH3_3gz3Oc0NIc"
@@ -78,13 +78,15 @@ EVENTS = {
 class Outgoing:
     """A message on its way to the account.
 
-    ``xml`` is what goes out, which no parser may be able to read. ``fields`` is what the sender
-    knows of it all the same. ``openid`` is the follower whom the query of the request names.
+    ``xml`` may be what no parser can read; ``fields`` is what the sender knows of it all the same.
+    ``openid`` is the follower whom the query of the request names. A ``raw`` message is never
+    encrypted.
     """
 
     xml: bytes
     fields: Message
     openid: str
+    raw: bool = False
 
 
 def openid(name: str) -> str:
@@ -153,7 +155,7 @@ def outgoing(message: Message) -> Outgoing:
 def outgoing_raw(body: bytes, follower: str) -> Outgoing:
     """Return any bytes as a message; its fields are those that a pattern finds, if it has any."""
     found = _FIELD.findall(body.decode(errors="surrogateescape"))
-    return Outgoing(body, dict(reversed(found)), follower)
+    return Outgoing(body, dict(reversed(found)), follower, raw=True)
 
 
 def as_wechat_writes(message: Message) -> bytes:
