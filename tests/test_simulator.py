@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shlex
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from conftest import APPID, KEY, TOKEN, Run, message_xml
+from conftest import APPID, KEY, ROOT, TOKEN, Run, message_xml
 from serving import Server, free_port, gunicorn, until
 
 import wxcrypto
@@ -26,6 +31,14 @@ from wxsim.follower import FAULT
 
 WXSIM = ("-m", "wxsim")
 ENCRYPTED = f"[wechat]\nappid = {APPID}\nencoding_aes_key = {KEY}\n"
+# Leaves out what Windows has not.
+WITHOUT_UNIX = """
+import runpy, signal, sys
+for name in ("fcntl", "pwd", "resource", "readline"):
+    sys.modules[name] = None
+del signal.SIGTTIN
+runpy.run_module("wxsim", run_name="__main__", alter_sys=True)
+"""
 GAVE_UP = "; WeChat gives up)\n"
 
 
@@ -542,6 +555,10 @@ def test_in_compatible_mode_both_answers_will_do(bot: Callable[[Answer], Bot], s
             {"EventKey": "qrscene_7", "Ticket": "gQFwTICKET"},
         ),
         (
+            ("event", "ANYTHING", "--set", "A=B", "--set", "C.D=E"),
+            {"MsgType": "event", "Event": "ANYTHING", "A": "B", "C": {"D": "E"}},
+        ),
+        (
             ("event", "scancode_push", "--set", "ScanCodeInfo.ScanResult=x"),
             {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "x"}},
         ),
@@ -745,3 +762,108 @@ def test_an_encrypted_answer_in_plain_mode_is_called_that(
     encrypted = sealed(message_xml())
     done = sim("text", "hello", "--url", bot(lambda a: a.say(encrypted)).url)
     assert "it is encrypted, and the console's mode is 明文模式" in done.errors
+
+
+# The shell around it
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("text",),
+        ("--xml", "text"),
+        ("chat",),
+        ("load", "--rate", "20", "--seconds", "0.5"),
+        ("api", "--port", "0"),
+        ("check",),
+    ],
+    ids=lambda arguments: arguments[-1] if arguments[0] == "--xml" else arguments[0],
+)
+def test_a_reader_that_has_read_enough_ends_it_quietly(
+    bot: Callable[[Answer], Bot], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.ini").touch()
+    url = () if arguments[0] in ("--help", "api") else ("--url", bot(lambda a: a.reply()).url)
+    command = shlex.join([sys.executable, *WXSIM, *arguments, *url])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} | true"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "WXSERVER_CONFIG": str(tmp_path / "config.ini"),
+            "WX_TOKEN": TOKEN,
+        },
+        input=b"hello\n" * 1000,
+        capture_output=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_the_fake_api_ends_too_when_nobody_reads_what_it_prints(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    command = f"{sys.executable} -m wxsim api --port 0 | head -n 4"
+    script = f"import subprocess; subprocess.run({command!r}, shell=True)"
+    process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})
+    base = [process.stdout.readline() for _ in range(4)][-1].partition(" = ")[2].strip()
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(base, timeout=5).close()
+    assert process.wait(10) == 0
+    assert process.communicate()[1] == ""
+
+
+@pytest.mark.parametrize("command", ["verify", "text", "chat", "load", "api"])
+def test_it_works_where_there_is_no_fcntl_as_on_windows(
+    bot: Callable[[Answer], Bot], run: Run, tmp_path: Path, command: str
+) -> None:
+    def answer(asked: Asked) -> bytes:
+        return (
+            echostr(asked) if asked.command == "GET" else asked.reply(Content=asked.body.decode())
+        )
+
+    (tmp_path / "config.ini").touch()
+    arguments = [command, "--url", bot(answer).url]
+    arguments += ["--rate", "20", "--seconds", "0.5"] if command == "load" else []
+    arguments = ["api", "--fail", "-2"] if command == "api" else arguments
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
+    process = run("-c", WITHOUT_UNIX, *arguments, env=env)
+    out, errors = process.communicate("hello\n", timeout=20)
+    assert "Traceback" not in errors
+    if command == "api":
+        assert "argument --fail: must be a number" in errors
+    else:
+        assert (errors, process.returncode) == ("", 0)
+        assert out
+
+
+@pytest.mark.parametrize("arguments", [("text",), ("check",)])
+def test_what_needs_more_than_windows_has_says_so(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.ini").touch()
+    process = run(
+        "-c", WITHOUT_UNIX, *arguments, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    )
+    out, errors = process.communicate(timeout=20)
+    assert "needs Linux or macOS; on Windows use WSL" in errors
+    assert (out, errors.count("\n"), process.returncode) == ("", 1, 1)
+
+
+def test_bytes_that_are_no_utf_8_go_out_as_the_shell_hands_them_over(
+    bot: Callable[[Answer], Bot], tmp_path: Path
+) -> None:
+    (tmp_path / "config.ini").touch()
+    silent = bot(lambda _: b"success")
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WXSERVER_CONFIG": str(tmp_path / "config.ini"),
+        "WX_TOKEN": TOKEN,
+    }
+    command = [sys.executable.encode(), b"-m", b"wxsim", b"--url", silent.url.encode()]
+    subprocess.run([*command, b"text", b"a\xffb\x1d]]>"], env=env, check=True, timeout=20)
+    subprocess.run([*command, b"chat"], env=env, check=True, timeout=20, input=b"c\xfed\x00\n")
+    typed = [re.search(rb"<Content><!\[CDATA\[(.*)\]\]></Content>", a.body) for a in silent.asked]
+    assert [found and found[1] for found in typed] == [b"a\xffb\x1d]]>", b"c\xfed\0"]

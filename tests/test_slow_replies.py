@@ -12,7 +12,6 @@ from conftest import (
     APPSECRET,
     KEY,
     NOW,
-    ROOT,
     TOKEN,
     Run,
     message_xml,

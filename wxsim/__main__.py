@@ -219,7 +219,8 @@ def main() -> None:
 
 def _run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
+        # For a terminal without Chinese, and for a pipe that somebody reads line by line.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
     parser = _parser()
