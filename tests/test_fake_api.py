@@ -387,13 +387,7 @@ def test_the_account_and_the_tokens_do_not_show_in_its_repr(api: FakeApi) -> Non
     assert token not in repr(api)
 
 
-COMMAND = """
-import argparse, wxconfig
-from wxsim import fake_api
-parser = argparse.ArgumentParser()
-fake_api.add_arguments(parser)
-fake_api.main(parser.parse_args(), wxconfig.load())
-"""
+COMMAND = ("-m", "wxsim", "api")
 
 
 class Command:
@@ -403,7 +397,7 @@ class Command:
         path = folder / "config.ini"
         path.write_text(config)
         env = {"WXSERVER_CONFIG": str(path), **env}
-        self.process = run("-c", COMMAND, "--port", "0", *options, env=env)
+        self.process = run(*COMMAND, "--port", "0", *options, env=env)
         self.start = ""
         while "Ctrl-C" not in self.start:
             line = self.process.stdout.readline()
@@ -530,7 +524,7 @@ import fcntl, os, subprocess, sys, termios, urllib.request
 _, terminal = os.openpty()
 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 command = subprocess.Popen(
-    [sys.executable, "-c", sys.argv[1], "--port", "0"],
+    [sys.executable, "-m", "wxsim", "api", "--port", "0"],
     stdin=terminal, stdout=subprocess.PIPE, text=True, preexec_fn=os.setpgrp,
 )
 try:
@@ -546,7 +540,7 @@ finally:
 def test_in_the_background_of_a_shell_it_is_not_stopped(run: Run, tmp_path: Path) -> None:
     config = tmp_path / "config.ini"
     config.touch()
-    process = run("-c", BACKGROUND, COMMAND, env={"WXSERVER_CONFIG": str(config)})
+    process = run("-c", BACKGROUND, env={"WXSERVER_CONFIG": str(config)})
     assert process.communicate(timeout=20)[0] == "200\n"
 
 
@@ -554,7 +548,7 @@ def test_a_taken_port_is_one_line(run: Run, tmp_path: Path) -> None:
     command = Command(run, tmp_path)
     port = command.base.rpartition(":")[2]
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
-    process = run("-c", COMMAND, "--port", port, env=env)
+    process = run(*COMMAND, "--port", port, env=env)
     assert process.communicate(timeout=10) == (
         "",
         f"wxsim api: port {port}: Address already in use\n",

@@ -27,9 +27,10 @@ from wxsim import client
 from wxsim.client import Account, NoAnswer
 
 ROOM = 16384  # bytes: the token's file and its successor
-_SECRETS = {("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")}
-_SECRETS |= {("shared", "redis")}  # and every key of [central]
+_SECRETS = [("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")]
+_SECRETS += [("shared", "redis")]  # and every key of [central]
 _NO_URL = 40201  # errcode of callback/check
+INTERRUPTED = "interrupted"
 _CONSOLE = "微信开发者平台 → 我的业务 → 公众号/服务号 → 基础信息 → 域名与消息推送配置"
 
 
@@ -49,9 +50,9 @@ def main(url: str) -> int:
     """
     path = Path(os.environ.get("WXSERVER_CONFIG") or wxconfig.HERE / "config.ini").absolute()
     try:
-        config, unreadable = wxconfig.load(path), ""
+        config, problem = wxconfig.load(path), ""
     except ConfigError as error:
-        config, unreadable = Config(), str(error)
+        config, problem = Config(), str(error)
     points: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
         ("config", lambda: _config(config, path), ()),
         ("permissions", lambda: _permissions(config, path), ()),
@@ -65,24 +66,29 @@ def main(url: str) -> int:
     failed: set[str] = set()
     for name, check, needs in points:
         missing = [need for need in needs if need in failed]
-        ok, finding = False, f"needs {missing[0]}" if missing else unreadable
-        if not finding:
-            try:
-                ok, finding = True, check()
-            except (Fault, ConfigError, ApiError) as error:
-                ok, finding = False, str(error)
-            except OSError as error:
-                ok, finding = False, f"{error}; run it as the server's user"
-            except KeyboardInterrupt:
-                ok, finding = False, "interrupted"
+        if not problem and missing:
+            ok, finding = False, f"needs {missing[0]}"
+        else:
+            ok, finding = (False, problem) if problem else _outcome(check)
+        problem = problem and "needs config.ini"
         if not ok:
             failed.add(name)
         line = "".join(c if c.isprintable() else " " for c in finding)  # strangers wrote some of it
         print(f"{'ok  ' if ok else 'FAIL'}  {name}: {line}", flush=True)
-        if finding == "interrupted":
+        if finding == INTERRUPTED:
             break
-        unreadable = unreadable and "needs config.ini"
     return 1 if failed else 0
+
+
+def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, check()
+    except (Fault, ConfigError, ApiError) as error:
+        return False, str(error)
+    except OSError as error:
+        return False, f"{error}; run it as the server's user"
+    except KeyboardInterrupt:
+        return False, INTERRUPTED
 
 
 def _config(config: Config, path: Path) -> str:
@@ -100,8 +106,8 @@ def _permissions(config: Config, path: Path) -> str:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.read_string(path.read_text(encoding="utf-8-sig"))
     info, me = path.stat(), os.geteuid()
-    clients = {("central", name) for name in parser["central"]} if "central" in parser else set()
-    if any(parser.get(*key, fallback="").strip() for key in _SECRETS | clients):
+    clients = [("central", name) for name in parser["central"]] if "central" in parser else []
+    if any(parser.get(*key, fallback="").strip() for key in (*_SECRETS, *clients)):
         if info.st_mode & 0o077:
             own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
             raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import re
@@ -71,17 +70,9 @@ ERRMSG = {
     89506: "24小时内不可再使用该IP调用",
     89507: "1小时内不可再使用该IP调用",
 }
-_MSGTYPES: tuple[str, ...] = (
-    "text",
-    "image",
-    "voice",
-    "video",
-    "music",
-    "news",
-    "mpnews",
-    "mpnewsarticle",
+_MSGTYPES = frozenset(
+    "text image voice video music news mpnews mpnewsarticle msgmenu wxcard miniprogrampage".split()
 )
-_MSGTYPES += ("msgmenu", "wxcard", "miniprogrampage")
 _OK = {"errcode": 0, "errmsg": "ok"}
 
 
@@ -461,8 +452,6 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     for attribute, *_ in _SWITCHES.values():
         if (value := getattr(arguments, attribute)) is not None:
             setattr(api, attribute, value)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
         try:
             stack.enter_context(api)
@@ -480,8 +469,6 @@ def _listen(api: FakeApi) -> None:
     # In the background of a shell, a read from its terminal would stop the process.
     if hasattr(signal, "SIGTTIN"):  # which Windows has not
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(OSError):
         for line in sys.stdin or ():
             _say(obey(api, line))
