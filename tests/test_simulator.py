@@ -512,7 +512,7 @@ def answer_to_encrypted(make: Callable[[bytes], bytes]) -> Answer:
         (lambda xml: sealed(xml, "Nonce"), "the envelope has no Nonce"),
         (
             lambda xml: sealed(xml).replace(b"</xml>", b"<Nonce/></xml>"),
-            "something in the envelope",
+            "the envelope has no Nonce, or more than one",
         ),
         (lambda _: sealed(b'{"MsgType": "text"}'), "it is JSON"),
         (lambda _: b"{}", "it is JSON"),

@@ -137,19 +137,17 @@ def _chat_message(line: str, openid: str) -> Outgoing:
         ValueError: there is no such command; its text says what there is.
     """
     if not line.startswith("/") or line.startswith("/:"):  # as WeChat's own emoticons do
-        text = messages.make("text", openid, time.time()) | {"Content": line}
-        return messages.outgoing(text)
+        return messages.outgoing(messages.make("text", openid, time.time()) | {"Content": line})
     command, *words = shlex.split(line[1:]) or [""]
     if command == "help":
         raise ValueError(CHAT_HELP)
-    if command == "event" and words:
-        event, *words = words
-        key = None
-        if words and not re.match(r"[\w.]+=", words[0]):
-            key, *words = words
-        message = messages.make_event(event, openid, time.time(), key)
-    elif command in MESSAGES:
+    if command in MESSAGES:
         message = messages.make(command, openid, time.time())
+    elif command == "event" and words:
+        event, *words = words
+        has_key = bool(words) and not re.match(r"[\w.]+=", words[0])
+        key = words.pop(0) if has_key else None
+        message = messages.make_event(event, openid, time.time(), key)
     else:
         raise ValueError(f"there is no {line!r}; /help says what there is")
     messages.set_fields(message, words)

@@ -63,14 +63,12 @@ def main(url: str) -> int:
         ("getcallbackip", lambda: _getcallbackip(config), ("token",)),
         ("callback/check", lambda: _callback_check(config), ("token",)),
     ]
-    failed: set[str] = set()
+    failed = {"config.ini"} if problem else set()
     for name, check, needs in points:
-        missing = [need for need in needs if need in failed]
-        if not problem and missing:
-            ok, finding = False, f"needs {missing[0]}"
-        else:
-            ok, finding = (False, problem) if problem else _outcome(check)
-        problem = problem and "needs config.ini"
+        missing = next((need for need in ("config.ini", *needs) if need in failed), "")
+        ok, finding = (False, f"needs {missing}") if missing else _outcome(check)
+        if name == "config" and problem:
+            finding = problem
         if not ok:
             failed.add(name)
         line = "".join(c if c.isprintable() else " " for c in finding)  # strangers wrote some of it

@@ -70,9 +70,8 @@ ERRMSG = {
     89506: "24小时内不可再使用该IP调用",
     89507: "1小时内不可再使用该IP调用",
 }
-_MSGTYPES = frozenset(
-    "text image voice video music news mpnews mpnewsarticle msgmenu wxcard miniprogrampage".split()
-)
+_MSGTYPES = ["text", "image", "voice", "video", "music", "news", "mpnews", "mpnewsarticle"]
+_MSGTYPES += ["msgmenu", "wxcard", "miniprogrampage"]
 _OK = {"errcode": 0, "errmsg": "ok"}
 
 
@@ -387,7 +386,9 @@ def _outcome(answer: bytes) -> str:
     return f"errcode {errcode}" if errcode else "ok"
 
 
-def _number(kind: Callable[[str], float], least: int, most: int) -> Callable[[str], float]:
+def number(kind: Callable[[str], float], least: float, most: int) -> Callable[[str], float]:
+    """Return what argparse takes as the type of a number from ``least`` to ``most``."""
+
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) <= most:
@@ -398,16 +399,16 @@ def _number(kind: Callable[[str], float], least: int, most: int) -> Callable[[st
 
 
 def _failure(text: str) -> bytes:
-    return error(int(_number(int, -1, 10**8)(text)))
+    return error(int(number(int, -1, 10**8)(text)))
 
 
 # Words for the terminal, which are options too: the field they set, its value, and what it does.
 _SWITCHES: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
     "fail": ("failure", "ERRCODE", _failure, "answer everything with this errcode"),
     "garbage": ("failure", "", lambda _: GARBAGE, "answer everything with a page of HTML"),
-    "slow": ("delay", "SECONDS", _number(float, 0, 3600), "wait before every answer"),
-    "expires-in": ("expires_in", "SECONDS", _number(int, 1, LIFE), "the life of the next tokens"),
-    "token-length": ("length", "CHARACTERS", _number(int, 16, 4096), "of the next tokens"),
+    "slow": ("delay", "SECONDS", number(float, 0, 3600), "wait before every answer"),
+    "expires-in": ("expires_in", "SECONDS", number(int, 1, LIFE), "the life of the next tokens"),
+    "token-length": ("length", "CHARACTERS", number(int, 16, 4096), "of the next tokens"),
 }
 _HELP = {f"{word} {value}": what for word, (_, value, _, what) in _SWITCHES.items()}
 _HELP |= {"expire": "let all tokens die now: 42001", "ok": "back to normal", "help": "this list"}
@@ -433,7 +434,7 @@ def obey(api: FakeApi, line: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m wxsim api``."""
-    port = _number(int, 0, 65535)
+    port = number(int, 0, 65535)
     parser.add_argument("--port", type=port, default=8001, help="default: 8001; 0: a free one")
     for word, (attribute, value, convert, what) in _SWITCHES.items():
         kind: dict[str, Any] = {"metavar": value, "type": convert}

@@ -61,14 +61,11 @@ def _decrypted(to: Account, body: bytes) -> bytes:
         if to.encryption == "safe":
             raise Malformed("it is not encrypted, and the console's mode is 安全模式")
         return body
-    try:
-        parts = [envelope[name] for name in ("TimeStamp", "Nonce", "Encrypt", "MsgSignature")]
-    except KeyError as error:
-        raise Malformed(f"the envelope has no {error.args[0]}") from None
-    if not all(isinstance(part, str) for part in parts):
-        raise Malformed("something in the envelope is there twice")
-    timestamp, nonce, encrypt, signature = parts
-    if not wxcrypto.verify(signature, to.token, timestamp, nonce, encrypt):
+    for name in ("TimeStamp", "Nonce", "Encrypt", "MsgSignature"):
+        if not isinstance(envelope.get(name), str):
+            raise Malformed(f"the envelope has no {name}, or more than one")
+    encrypt, signed = envelope["Encrypt"], (envelope["TimeStamp"], envelope["Nonce"])
+    if not wxcrypto.verify(envelope["MsgSignature"], to.token, *signed, encrypt):
         raise Malformed("MsgSignature is wrong")
     try:
         return to.cipher.decrypt(encrypt)

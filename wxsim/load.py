@@ -9,7 +9,6 @@ there: a server that stalls cannot hide it by being sent fewer messages.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
 import secrets
@@ -17,11 +16,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wxsim import client, follower, messages
 from wxsim.client import Account
+from wxsim.fake_api import number
 
 MOST_LATE = 1.0  # seconds after its due time at which a message is not sent any more
 SPARE_FILES = 64  # open files that are kept for other things than messages
@@ -57,7 +56,8 @@ class Tally:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m wxsim load``."""
-    rate, seconds, followers = _positive(float), _positive(float), _positive(int)
+    rate, seconds = number(float, 0.01, 10_000), number(float, 0.01, 1_000_000)
+    followers = number(int, 1, 1_000_000)
     parser.add_argument("--rate", type=rate, default=200.0, help="messages a second; default: 200")
     parser.add_argument("--seconds", type=seconds, default=30.0, help="default: 30")
     parser.add_argument("--followers", type=followers, default=1000, help="default: 1000")
@@ -67,17 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="echo",
         help="the bot does not send a text back: check the names alone, and silence is fine",
     )
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 < (value := kind(text)) < math.inf:
-                return value
-        whole = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {whole} above 0, not {text!r}")
-
-    return convert
 
 
 def main(arguments: argparse.Namespace, to: Account) -> bool:
@@ -112,10 +101,10 @@ def _send_all(arguments: argparse.Namespace, to: Account, tally: Tally) -> None:
     most = _most_connections()
     first = 24 * 10**15 + secrets.randbelow(10**15)  # so that no other run has the same MsgIds
     began = time.perf_counter()
-    for number in itertools.count():
-        if number / arguments.rate >= arguments.seconds:
+    for count in itertools.count():
+        if count / arguments.rate >= arguments.seconds:
             return
-        due = began + number / arguments.rate
+        due = began + count / arguments.rate
         time.sleep(max(0.0, due - time.perf_counter()))
         late = time.perf_counter() - due
         reason = ""
@@ -123,16 +112,19 @@ def _send_all(arguments: argparse.Namespace, to: Account, tally: Tally) -> None:
             reason = "this machine is too slow, or too busy, to send as many"
         elif tally.under_way >= most:
             reason = f"{most} were under way, as many as this shell's limit allows; raise ulimit -n"
+        openid = messages.openid(f"load {count % arguments.followers}")
+        job = (to, openid, first + count, due, arguments.echo, tally)
         with tally.lock:
-            if reason:
-                tally.unsent += 1
-                tally.errors[f"not sent: {reason}"] += 1
-                continue
-            tally.sent += 1
-            tally.late = max(tally.late, late)
-        openid = messages.openid(f"load {number % arguments.followers}")
-        job = (to, openid, first + number, due, arguments.echo, tally)
-        threading.Thread(target=_send, args=job, daemon=True).start()
+            try:
+                if not reason:
+                    threading.Thread(target=_send, args=job, daemon=True).start()
+                    tally.sent += 1
+                    tally.late = max(tally.late, late)
+                    continue
+            except RuntimeError:
+                reason = "this machine can start no more threads"
+            tally.unsent += 1
+            tally.errors[f"not sent: {reason}"] += 1
 
 
 def _most_connections() -> int:
