@@ -867,3 +867,18 @@ def test_bytes_that_are_no_utf_8_go_out_as_the_shell_hands_them_over(
     subprocess.run([*command, b"chat"], env=env, check=True, timeout=20, input=b"c\xfed\x00\n")
     typed = [re.search(rb"<Content><!\[CDATA\[(.*)\]\]></Content>", a.body) for a in silent.asked]
     assert [found and found[1] for found in typed] == [b"a\xffb\x1d]]>", b"c\xfed\0"]
+
+
+def test_it_needs_nothing_installed(bot: Callable[[Answer], Bot], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
+    process = run("-S", *WXSIM, "text", "--url", bot(lambda a: a.reply()).url, env=env)
+    assert process.communicate(timeout=20) == ("hello\n", "")
+
+
+def test_the_server_never_imports_it(run: Run, tmp_path: Path) -> None:
+    script = "import sys, wxserver, wxconfig; wxserver.create_application(wxconfig.load());"
+    script += "print([name for name in sys.modules if name.startswith('wxsim')])"
+    (tmp_path / "config.ini").touch()
+    process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})
+    assert process.communicate(timeout=20)[0] == "[]\n"
