@@ -113,7 +113,7 @@ def chat(to: Account, name: str, wire: bool) -> None:
         print(f"{to.url}; /help says what there is besides text")
     while True:
         try:
-            line = input(f"{name}> " if sys.stdin.isatty() else "").strip()
+            line = input(f"{name}> " if sys.stdin.isatty() else "").strip(" \t\r")
             if line == "/quit":
                 return
             if line == "/xml":
