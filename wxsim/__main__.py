@@ -41,15 +41,9 @@ Known EVENTs are {", ".join(EVENTS)}"""
 
 
 def send(to: Account, message: Outgoing, wire: bool = False) -> bool:
-    """Send a message as WeChat does and print what the follower sees.
+    """Send a message as WeChat does and print what the follower sees, and the ``wire`` if wanted.
 
-    Args:
-        to: the callback.
-        message: the message.
-        wire: whether to print both sides of the wire.
-
-    Returns:
-        Whether that is something else than WeChat's own apology.
+    Return whether the follower sees something else than WeChat's own apology.
     """
 
     def on_failure(number: int, reason: str) -> None:
@@ -137,20 +131,33 @@ def _chat_message(line: str, openid: str) -> Outgoing:
         ValueError: there is no such command; its text says what there is.
     """
     if not line.startswith("/") or line.startswith("/:"):  # as WeChat's own emoticons do
-        return messages.outgoing(messages.make("text", openid, time.time()) | {"Content": line})
+        return _made("text", openid, [f"Content={line}"])
     command, *words = shlex.split(line[1:]) or [""]
+    event, key = "", None
     if command == "help":
         raise ValueError(CHAT_HELP)
-    if command in MESSAGES:
-        message = messages.make(command, openid, time.time())
-    elif command == "event" and words:
-        event, *words = words
-        has_key = bool(words) and not re.match(r"[\w.]+=", words[0])
-        key = words.pop(0) if has_key else None
+    if command == "event" and words:
+        event = words.pop(0)
+        if words and not re.match(r"[\w.]+=", words[0]):
+            key = words.pop(0)
+    elif command not in MESSAGES:
+        raise ValueError(f"there is no {line!r}; /help says what there is")
+    return _made(command, openid, words, event, key)
+
+
+def _made(
+    kind: str, openid: str, settings: list[str], event: str = "", key: str | None = None
+) -> Outgoing:
+    """Make a message, or an event if ``kind`` is that.
+
+    Raises:
+        ValueError: one of ``settings`` is no setting.
+    """
+    if kind == "event":
         message = messages.make_event(event, openid, time.time(), key)
     else:
-        raise ValueError(f"there is no {line!r}; /help says what there is")
-    messages.set_fields(message, words)
+        message = messages.make(kind, openid, time.time())
+    messages.set_fields(message, settings)
     return messages.outgoing(message)
 
 
@@ -161,8 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     message = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     message.add_argument("--as", dest="name", metavar="NAME", help="the follower; default: me")
     message.add_argument("--xml", action="store_true", help="show the wire both ways")
-    raw_help = "send this body as it is; - is stdin"
-    message.add_argument("--raw", type=Path, metavar="FILE", help=raw_help)
+    message.add_argument("--raw", type=Path, metavar="FILE", help="a body as it is; - is stdin")
     setting = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     setting.add_argument(
         "--set",
@@ -222,9 +228,9 @@ def _run() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
     parser = _parser()
-    arguments = argparse.Namespace(
-        url="", token="", name="me", xml=False, raw=None, settings=[], key=None
-    )
+    defaults = {"url": "", "token": "", "name": "me", "xml": False, "raw": None, "settings": []}
+    defaults |= {"content": [], "event": "", "key": None}
+    arguments = argparse.Namespace(**defaults)
     parser.parse_args(namespace=arguments)
     if not arguments.command and not arguments.raw:
         parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
@@ -248,35 +254,21 @@ def _run() -> None:
     if arguments.command == "chat" and not arguments.raw:
         chat(to, arguments.name, arguments.xml)
         return
+    openid = messages.openid(arguments.name)
+    settings = [f"Content={' '.join(arguments.content)}"] if arguments.content else []
+    settings += arguments.settings
     try:
-        message = _message(arguments)
+        if arguments.raw:
+            is_stdin = str(arguments.raw) == "-"
+            body = sys.stdin.buffer.read() if is_stdin else arguments.raw.read_bytes()
+            message = messages.outgoing_raw(body, openid)
+        else:
+            message = _made(arguments.command, openid, settings, arguments.event, arguments.key)
     except OSError as error:
         parser.error(f"--raw {arguments.raw}: {error.strerror}")
     except ValueError as error:
         parser.error(f"--set {error}")
     sys.exit(not send(to, message, arguments.xml))
-
-
-def _message(arguments: argparse.Namespace) -> Outgoing:
-    """Make the message that the command line asks for.
-
-    Raises:
-        OSError: the file of ``--raw`` cannot be read.
-        ValueError: a ``--set`` is no setting.
-    """
-    openid, now = messages.openid(arguments.name), time.time()
-    if arguments.raw:
-        is_stdin = str(arguments.raw) == "-"
-        body = sys.stdin.buffer.read() if is_stdin else arguments.raw.read_bytes()
-        return messages.outgoing_raw(body, openid)
-    if arguments.command == "event":
-        message = messages.make_event(arguments.event, openid, now, arguments.key)
-    else:
-        message = messages.make(arguments.command, openid, now)
-    if arguments.command == "text" and arguments.content:
-        message["Content"] = " ".join(arguments.content)
-    messages.set_fields(message, arguments.settings)
-    return messages.outgoing(message)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,8 @@ class Fault(Exception):
 def main(url: str) -> int:
     """Check everything, printing each finding as it comes, and never a secret.
 
-    Args:
-        url: the callback's public address; without it the callback is not checked, which is not
-            ok.
-
-    Returns:
-        The exit status: 0 when all is ok, else 1.
+    ``url`` is the callback's public address; without it the callback cannot be checked, which is
+    not ok. Return the exit status: 0 when all is ok, else 1.
     """
     path = Path(os.environ.get("WXSERVER_CONFIG") or wxconfig.HERE / "config.ini").absolute()
     try:

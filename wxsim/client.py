@@ -85,12 +85,9 @@ def is_url(url: str) -> bool:
 
 
 def signed_url(to: Account, more: dict[str, str], encrypt: str = "") -> str:
-    """Return the URL of a request that WeChat makes now.
+    """Return the URL of a request that WeChat makes now, with ``more`` in its query.
 
-    Args:
-        to: the callback.
-        more: parameters of the query besides timestamp, nonce and signature.
-        encrypt: the Encrypt of the body, for msg_signature.
+    ``encrypt`` is the Encrypt of the body, if it has one: msg_signature covers it.
     """
     timestamp, nonce = str(int(time.time())), str(secrets.randbelow(10**9))
     signature = wxcrypto.sign(to.token, timestamp, nonce)
@@ -121,12 +118,8 @@ def deliver(
 ) -> Answer | None:
     """Send a message as WeChat does, up to ``TRIES`` times; None when all of them failed.
 
-    Args:
-        to: the callback.
-        message: the message.
-        on_failure: is told of every failed try: its number from 1, and why.
-        on_request: is told of every request: the URL and the body.
-        timeout: seconds to wait for each answer.
+    ``on_failure`` is told of every failed try (its number from 1, and why), ``on_request`` of every
+    request (the URL and the body). ``timeout`` is seconds for each answer.
     """
     for number in range(1, TRIES + 1):
         url, body = request(to, message)

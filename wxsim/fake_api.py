@@ -1,7 +1,6 @@
 """A fake api.weixin.qq.com on loopback, with the platform's own rules for access_tokens.
 
     python -m wxsim api
-    with FakeApi(appid, appsecret) as api: TokenStore(path, appid, appsecret, api_base=api.base)
 
 Sources of the rules: the platform's 获取 Access token, 获取稳定版接口调用凭据, 发送客服消息,
 客服输入状态, 网络通信检测 and 全局返回码.
@@ -100,8 +99,7 @@ class _Token:
 class FakeApi:
     """The API of one account, served while the ``with`` block lasts.
 
-    Fields may be set at any time: they are the switches. ``python -m wxsim api`` has words for
-    those that an owner needs.
+    Fields may be set at any time: they are the switches.
 
     Raises:
         OSError: on entering the block, when the port cannot be had.

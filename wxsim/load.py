@@ -72,13 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, to: Account) -> bool:
     """Send what the command line says and print a report; Ctrl-C ends it early.
 
-    Args:
-        arguments: ``rate`` in messages a second, ``seconds``, ``followers``, and ``echo``: whether
-            an answer must have the message's own text in it.
-        to: the callback.
-
-    Returns:
-        Whether all that was due was sent, and answered as it should be.
+    Return whether all that was due was sent, and answered as it should be: with its own text in
+    the answer if ``arguments.echo`` says so.
     """
     tally, ended = Tally(), threading.Event()
     progress = threading.Thread(target=_print_progress, args=(tally, ended), daemon=True)
