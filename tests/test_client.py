@@ -184,16 +184,27 @@ def test_the_time_is_for_a_name_server_that_is_silent_too(run: Run, tmp_path: Pa
     assert 4.8 < time.monotonic() - began < 10
 
 
-def test_who_hangs_up_closes_the_connection() -> None:
+def drips_for_long(connection: socket.socket) -> None:
+    asked(connection)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    with contextlib.suppress(OSError):  # the other side has hung up
+        for _ in range(200):
+            connection.sendall(b"a")
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("waits", [never_answers, drips_for_long], ids=lambda t: t.__name__)
+def test_who_hangs_up_closes_the_connection(waits: Talk) -> None:
     gone = threading.Event()
 
     def talk(connection: socket.socket) -> None:
-        never_answers(connection)
+        waits(connection)
         gone.set()
 
-    with listening(talk) as port, pytest.raises(NoAnswer):
-        get(port, timeout=0.1)
-    assert gone.wait(1)
+    with listening(talk) as port:
+        with pytest.raises(NoAnswer):
+            get(port, timeout=0.1)
+        assert gone.wait(2)
 
 
 def test_an_answer_is_complete_with_its_last_byte_though_the_connection_stays_open() -> None:
