@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import fcntl
 import logging
 import os
 import re
@@ -275,6 +274,12 @@ def callback_token(config: Config) -> str:
     if config.redis:
         raise ConfigError("[wechat] token: with [shared] redis set it, the same on every machine")
     make_state_dir(config)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "[wechat] token: to make one needs Linux or macOS; on Windows use WSL, or set it"
+        ) from None
     path = config.state_dir / "callback_token"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

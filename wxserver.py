@@ -315,7 +315,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Serve on 127.0.0.1 with the standard library alone, for a first look; or check an account."""
+    """Serve on 127.0.0.1 with the standard library alone, for a first look."""
     import argparse
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -335,15 +335,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__, epilog="For real use: make run")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    commands = parser.add_subparsers(dest="command", metavar="[check]")
-    check = commands.add_parser("check", help="look whether all that a real account needs is there")
-    check.add_argument("--url", default="", help="the callback's public address, as in the console")
-    arguments = parser.parse_args()
-    if arguments.command == "check":
-        import wxcheck
-
-        sys.exit(wxcheck.main(arguments.url))
-    port = arguments.port
+    port = parser.parse_args().port
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         config = wxconfig.load()

@@ -26,7 +26,9 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -35,9 +37,9 @@ import token_store
 import wxcrypto
 import wxmessage
 import wxserver
-import wxsim_messages
-import wxsim_wire
 from wxconfig import Config
+from wxsim import client, messages
+from wxsim.follower import read
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -290,7 +292,7 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
-        event = wxmessage.to_xml(wxsim_messages.make("subscribe", "o9AgO5Kd5ggOC", time.time()))
+        event = wxmessage.to_xml(messages.make_event("subscribe", "o9AgO5Kd5ggOC", time.time()))
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
             "POST, an event": (calls(plain, "POST", query(), event), 1000),
@@ -311,15 +313,17 @@ def in_process(rounds: int) -> None:
 
 async def slow_replies(server: Server, followers: int, seconds: int = 12) -> list[str]:
     """Let followers ask at once for what takes long, and somebody else for what does not."""
-    to = wxsim_wire.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
+    to = client.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
     tries: Counter[int] = Counter()
+    pool = ThreadPoolExecutor(followers + 1)
 
     async def ask(follower: str, text: str) -> float:
         began, failed = time.monotonic(), []
-        message = wxsim_messages.make("text", follower, time.time()) | {"Content": text}
-        xml = wxmessage.to_xml(message)
-        answer = await wxsim_wire.deliver(to, xml, follower, lambda *why: failed.append(why))
-        if answer and wxsim_wire.read(to, xml, answer).text == text:
+        message = messages.make("text", follower, time.time()) | {"Content": text}
+        outgoing = messages.outgoing(message)
+        send = partial(client.deliver, to, outgoing, lambda *why: failed.append(why))
+        answer = await asyncio.get_running_loop().run_in_executor(pool, send)
+        if answer and read(to, message, answer.body).text == text:
             tries[len(failed) + 1] += 1
         return time.monotonic() - began
 

@@ -38,7 +38,7 @@ def main() -> None:
 
 def soak(server: bench.Server, folder: Path, arguments: argparse.Namespace) -> bool:
     """Send, kill and reload; return whether all promises were kept."""
-    command = [sys.executable, "wxsim.py", "load", "--no-echo", "--token", bench.TOKEN]
+    command = [sys.executable, "-m", "wxsim", "load", "--no-echo", "--token", bench.TOKEN]
     command += ["--url", f"http://127.0.0.1:{server.port}/wx"]
     command += ["--rate", str(arguments.rate), "--seconds", str(arguments.seconds)]
     killed: set[int] = set()

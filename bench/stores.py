@@ -26,7 +26,7 @@ import reply_journal
 import reply_once
 import token_store
 from wxconfig import Config
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 SHM = "/dev/shm"  # tmpfs
 PROCESSES, THREADS = 20, 10

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 
 import wxcrypto
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "AAAAA"  # of the platform's worked examples

@@ -51,11 +51,11 @@ def test_a_message_is_echoed(server: Server) -> None:
 def test_the_first_commands_of_the_readme_do_what_it_says(run: Run, tmp_path: Path) -> None:
     server = Server(run, tmp_path, str(ROOT / "wxserver.py"), "--port", "{port}").ready()
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = re.findall("^python3 (wxsim.py .*?) *#", "".join(blocks), re.MULTILINE)
+    commands = re.findall("^python3 (-m wxsim .*?) *#", "".join(blocks), re.MULTILINE)
     outputs = []
     for command in commands:
         process = run(
-            *command.replace("wxsim.py", str(ROOT / "wxsim.py")).split(),
+            *command.split(),
             *("--url", f"{server.base}/wx"),
             env={"WXSERVER_CONFIG": str(server.config)},
         )

@@ -25,7 +25,7 @@ from reply_once import ReplyOnce
 from token_store import TokenError
 from wxconfig import ConfigError
 from wxmessage import from_xml
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from conftest import (
     APPSECRET,
     KEY,
     NOW,
-    ROOT,
     TOKEN,
     Run,
     message_xml,
@@ -29,7 +28,7 @@ from wxconfig import Config
 from wxcrypto import MessageCipher
 from wxmessage import from_xml
 from wxserver import create_application
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 LONG = "".join(f"{number}你好😀" for number in range(400))  # 5,690 bytes
 
@@ -211,7 +210,7 @@ def test_a_reply_of_six_seconds_reaches_the_follower_through_the_second_copy(
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     server = gunicorn(run, tmp_path, "slow", RUNS=str(tmp_path / "runs"), WX_TOKEN=TOKEN).ready()
-    command = (str(ROOT / "wxsim.py"), "--url", f"{server.base}/wx", "text", "hello")
+    command = ("-m", "wxsim", "--url", f"{server.base}/wx", "text", "hello")
     process = run(*command, env={"WXSERVER_CONFIG": str(server.config), "WX_TOKEN": TOKEN})
     out, errors = process.communicate(timeout=30)
     assert out == "at last: hello\n"

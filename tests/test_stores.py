@@ -27,7 +27,7 @@ from reply_journal import Journal
 from reply_once import Answers, ReplyOnce
 from token_store import TokenError, TokenStore
 from wxconfig import Config
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 NAME, WHO = "gh_1+alice+1", "gh_1+alice"
 

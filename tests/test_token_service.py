@@ -33,7 +33,7 @@ from token_service import TokenService
 from token_store import TokenError, TokenStore
 from wxconfig import Config
 from wxserver import create_application
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 TestApp.__test__ = False
 SHOP, REPORTS = "shop0123456789abcdef", "reports0123456789abc"

@@ -31,7 +31,7 @@ from serving import until
 
 import token_store
 from token_store import TokenError, TokenStore
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 
 class Clock:

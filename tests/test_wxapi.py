@@ -11,7 +11,7 @@ from conftest import APPID, APPSECRET, Run, config_for
 import token_store
 import wxapi
 from wxapi import Api, ApiError
-from wxsim_api import FakeApi
+from wxsim.fake_api import FakeApi
 
 
 @pytest.fixture

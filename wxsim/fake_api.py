@@ -1,7 +1,6 @@
 """A fake api.weixin.qq.com on loopback, with the platform's own rules for access_tokens.
 
-    python wxsim.py api
-    with FakeApi(appid, appsecret) as api: TokenStore(path, appid, appsecret, api_base=api.base)
+    python -m wxsim api
 
 Sources of the rules: the platform's 获取 Access token, 获取稳定版接口调用凭据, 发送客服消息,
 客服输入状态, 网络通信检测 and 全局返回码.
@@ -11,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
+import os
 import re
 import secrets
 import signal
@@ -70,17 +69,8 @@ ERRMSG = {
     89506: "24小时内不可再使用该IP调用",
     89507: "1小时内不可再使用该IP调用",
 }
-_MSGTYPES: tuple[str, ...] = (
-    "text",
-    "image",
-    "voice",
-    "video",
-    "music",
-    "news",
-    "mpnews",
-    "mpnewsarticle",
-)
-_MSGTYPES += ("msgmenu", "wxcard", "miniprogrampage")
+_MSGTYPES = ["text", "image", "voice", "video", "music", "news", "mpnews", "mpnewsarticle"]
+_MSGTYPES += ["msgmenu", "wxcard", "miniprogrampage"]
 _OK = {"errcode": 0, "errmsg": "ok"}
 
 
@@ -109,8 +99,7 @@ class _Token:
 class FakeApi:
     """The API of one account, served while the ``with`` block lasts.
 
-    Fields may be set at any time: they are the switches. ``python wxsim.py api`` has words for
-    those that an owner needs.
+    Fields may be set at any time: they are the switches.
 
     Raises:
         OSError: on entering the block, when the port cannot be had.
@@ -395,7 +384,9 @@ def _outcome(answer: bytes) -> str:
     return f"errcode {errcode}" if errcode else "ok"
 
 
-def _number(kind: Callable[[str], float], least: int, most: int) -> Callable[[str], float]:
+def number(kind: Callable[[str], float], least: float, most: int) -> Callable[[str], float]:
+    """Return what argparse takes as the type of a number from ``least`` to ``most``."""
+
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) <= most:
@@ -406,16 +397,16 @@ def _number(kind: Callable[[str], float], least: int, most: int) -> Callable[[st
 
 
 def _failure(text: str) -> bytes:
-    return error(int(_number(int, -1, 10**8)(text)))
+    return error(int(number(int, -1, 10**8)(text)))
 
 
 # Words for the terminal, which are options too: the field they set, its value, and what it does.
 _SWITCHES: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
     "fail": ("failure", "ERRCODE", _failure, "answer everything with this errcode"),
     "garbage": ("failure", "", lambda _: GARBAGE, "answer everything with a page of HTML"),
-    "slow": ("delay", "SECONDS", _number(float, 0, 3600), "wait before every answer"),
-    "expires-in": ("expires_in", "SECONDS", _number(int, 1, LIFE), "the life of the next tokens"),
-    "token-length": ("length", "CHARACTERS", _number(int, 16, 4096), "of the next tokens"),
+    "slow": ("delay", "SECONDS", number(float, 0, 3600), "wait before every answer"),
+    "expires-in": ("expires_in", "SECONDS", number(int, 1, LIFE), "the life of the next tokens"),
+    "token-length": ("length", "CHARACTERS", number(int, 16, 4096), "of the next tokens"),
 }
 _HELP = {f"{word} {value}": what for word, (_, value, _, what) in _SWITCHES.items()}
 _HELP |= {"expire": "let all tokens die now: 42001", "ok": "back to normal", "help": "this list"}
@@ -440,8 +431,8 @@ def obey(api: FakeApi, line: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python wxsim.py api``."""
-    port = _number(int, 0, 65535)
+    """Add the options of ``python -m wxsim api``."""
+    port = number(int, 0, 65535)
     parser.add_argument("--port", type=port, default=8001, help="default: 8001; 0: a free one")
     for word, (attribute, value, convert, what) in _SWITCHES.items():
         kind: dict[str, Any] = {"metavar": value, "type": convert}
@@ -460,8 +451,6 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     for attribute, *_ in _SWITCHES.values():
         if (value := getattr(arguments, attribute)) is not None:
             setattr(api, attribute, value)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
         try:
             stack.enter_context(api)
@@ -477,14 +466,15 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
 
 def _listen(api: FakeApi) -> None:
     # In the background of a shell, a read from its terminal would stop the process.
-    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+    if hasattr(signal, "SIGTTIN"):  # which Windows has not
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         for line in sys.stdin or ():
             _say(obey(api, line))
 
 
 def _say(text: str) -> None:
-    # In one piece, for several threads write.
-    print(f"{text}\n", end="", flush=True)
+    try:
+        print(f"{text}\n", end="", flush=True)  # in one piece, for several threads write
+    except BrokenPipeError:  # of `| head`, which has read enough; main() may wait for a line
+        os._exit(1)

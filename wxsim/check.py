@@ -1,20 +1,17 @@
 """The doctor for a real account: each thing that it needs, in one line, ok or what to do.
 
-    python wxserver.py check --url https://YOUR.NAME/wx
+    python -m wxsim check --url https://YOUR.NAME/wx
 
 Sources of the rules: the platform's 接入指南, 获取微信服务器IP地址 and 网络通信检测.
 """
 
 from __future__ import annotations
 
-import asyncio
 import configparser
 import contextlib
-import io
 import os
 import pwd
 import stat
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +21,17 @@ import token_store
 import wxapi
 import wxconfig
 import wxcrypto
-import wxsim_wire
-from token_store import ApiError
+from wxapi import ApiError
 from wxconfig import Config, ConfigError
-from wxsim_wire import Account, NoAnswer
+from wxsim import client
+from wxsim.client import Account, NoAnswer
 
-_SECRETS = {("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")}
-_SECRETS |= {("shared", "redis")}  # and every key of [central]
+ROOM = 16384  # bytes: the token's file and its successor
+_SECRETS = [("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")]
+_SECRETS += [("shared", "redis")]  # and every key of [central]
 _NO_URL = 40201  # errcode of callback/check
-_CONSOLE = "设置与开发 → 基本配置 → 服务器配置"
+INTERRUPTED = "interrupted"
+_CONSOLE = "微信开发者平台 → 我的业务 → 公众号/服务号 → 基础信息 → 域名与消息推送配置"
 
 
 class Fault(Exception):
@@ -40,32 +39,18 @@ class Fault(Exception):
 
 
 def main(url: str) -> int:
-    """Look at everything, printing each finding as it comes, and never a secret.
+    """Check everything, printing each finding as it comes, and never a secret.
 
-    Args:
-        url: the callback's public address; without it the callback is not looked at, which is
-            not ok.
-
-    Returns:
-        The exit status: 0 when all is ok, else 1.
+    ``url`` is the callback's public address; without it the callback cannot be checked, which is
+    not ok. Return the exit status: 0 when all is ok, else 1.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     path = Path(os.environ.get("WXSERVER_CONFIG") or wxconfig.HERE / "config.ini").absolute()
-    config = Config()  # until the file has been read
-    failed: set[str] = set()
-
-    def read() -> str:
-        nonlocal config
-        try:
-            config = wxconfig.load(path)
-        except ConfigError:
-            failed.add("config.ini")
-            raise
-        return _config(config, path)
-
+    try:
+        config, problem = wxconfig.load(path), ""
+    except ConfigError as error:
+        config, problem = Config(), str(error)
     points: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
-        ("config", read, ()),
+        ("config", lambda: _config(config, path), ()),
         ("permissions", lambda: _permissions(config, path), ()),
         ("state directory", lambda: _state_directory(config.state_dir), ()),
         ("clock", lambda: _clock(config), ()),
@@ -74,23 +59,30 @@ def main(url: str) -> int:
         ("getcallbackip", lambda: _getcallbackip(config), ("token",)),
         ("callback/check", lambda: _callback_check(config), ("token",)),
     ]
-    for name, look, needs in points:
-        fault = next((f"needs {need}" for need in ("config.ini", *needs) if need in failed), "")
-        try:
-            finding = fault or look()
-        except (Fault, ConfigError, ApiError) as error:
-            fault = finding = str(error)
-        except OSError as error:
-            fault = finding = f"{error}; run it as the server's user"
-        except KeyboardInterrupt:
-            fault = finding = "interrupted"
-        if fault:
+    failed = {"config.ini"} if problem else set()
+    for name, check, needs in points:
+        missing = next((need for need in ("config.ini", *needs) if need in failed), "")
+        ok, finding = (False, f"needs {missing}") if missing else _outcome(check)
+        if name == "config" and problem:
+            finding = problem
+        if not ok:
             failed.add(name)
         line = "".join(c if c.isprintable() else " " for c in finding)  # strangers wrote some of it
-        print(f"{'FAIL' if fault else 'ok  '}  {name}: {line}", flush=True)
-        if fault == "interrupted":
+        print(f"{'ok  ' if ok else 'FAIL'}  {name}: {line}", flush=True)
+        if finding == INTERRUPTED:
             break
     return 1 if failed else 0
+
+
+def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, check()
+    except (Fault, ConfigError, ApiError) as error:
+        return False, str(error)
+    except OSError as error:
+        return False, f"{error}; run it as the server's user"
+    except KeyboardInterrupt:
+        return False, INTERRUPTED
 
 
 def _config(config: Config, path: Path) -> str:
@@ -108,8 +100,8 @@ def _permissions(config: Config, path: Path) -> str:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.read_string(path.read_text(encoding="utf-8-sig"))
     info, me = path.stat(), os.geteuid()
-    clients = {("central", name) for name in parser["central"]} if "central" in parser else set()
-    if any(parser.get(*key, fallback="").strip() for key in _SECRETS | clients):
+    clients = [("central", name) for name in parser["central"]] if "central" in parser else []
+    if any(parser.get(*key, fallback="").strip() for key in (*_SECRETS, *clients)):
         if info.st_mode & 0o077:
             own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
             raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")
@@ -131,7 +123,7 @@ def _state_directory(folder: Path) -> str:
     if owner != me and (nearest == folder or me == 0):
         raise Fault(
             f"{nearest} is {_user(owner)}'s, and this runs as {_user(me)}; run it as the server's"
-            " user: when deployed, deploy/wxrun wxserver.py check"
+            " user: when deployed, deploy/wxrun -m wxsim check"
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -143,7 +135,7 @@ def _state_directory(folder: Path) -> str:
                 own = f"sudo chown {_user(me)} {entry.path}"
                 raise Fault(f"{entry.path} is {_user(info.st_uid)}'s: {own}")
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(2 * token_store.ROOM))  # the token's file and its successor
+            probe.write(bytes(ROOM))
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
@@ -163,13 +155,13 @@ def _clock(config: Config) -> str:
     """This machine's clock agrees with the API's."""
     host = urlsplit(config.api_base).netloc
     try:  # without a token: the answer is an errcode, and has a Date
-        answer = asyncio.run(wxsim_wire.exchange(f"{config.api_base}/cgi-bin/getcallbackip"))
+        answer = client.exchange(f"{config.api_base}/cgi-bin/getcallbackip")
     except NoAnswer as error:
         raise Fault(f"{host} gives no time to compare with: {error}") from None
-    ahead = wxsim_wire.clock_difference(answer)
+    ahead = client.clock_difference(answer)
     if ahead is None:
         raise Fault(f"{host} gives no time to compare with; look at timedatectl")
-    off, most = abs(ahead), min(wxsim_wire.CLOCK_OFF, config.max_age or wxsim_wire.CLOCK_OFF)
+    off, most = abs(ahead), min(client.CLOCK_TOLERANCE, config.max_age or client.CLOCK_TOLERANCE)
     if off > most:
         which = "behind" if ahead > 0 else "ahead of"
         refused = f", so messages are refused (max_age is {config.max_age} s)"
@@ -181,24 +173,20 @@ def _clock(config: Config) -> str:
 def _callback(config: Config, url: str) -> str:
     """The console would take ``url`` on 提交."""
     if not url:
-        raise Fault(f"not looked at; add --url https://YOUR.NAME{config.path}")
-    try:
-        parts = urlsplit(url)
-        usual = 443 if parts.scheme == "https" else 80
-        port = parts.port or usual
-    except ValueError as error:
-        raise Fault(f"--url is no address: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Fault(f"not checked; add --url https://YOUR.NAME{config.path}")
+    if not client.is_url(url):
         raise Fault("--url must be http://… or https://…, as in the console")
+    parts = urlsplit(url)
+    usual = 443 if parts.scheme == "https" else 80
     made = config.state_dir / "callback_token"
     # To make one is the server's to do: it is shown, and belongs to whoever makes it.
     if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
-    if why := wxsim_wire.verify(Account(url, wxconfig.callback_token(config))):
+    if why := client.verify(Account(url, wxconfig.callback_token(config))):
         raise Fault(why)
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return "echostr came back on this machine; WeChat needs a public address"
-    if port != usual:
+    if parts.port not in (None, usual):
         raise Fault(f"echostr came back, but WeChat calls {parts.scheme} at port {usual} alone")
     return f"echostr came back from {parts.hostname}"
 

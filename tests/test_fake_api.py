@@ -17,8 +17,8 @@ from conftest import APPID, APPSECRET, Run
 
 import token_store
 import wxconfig
-import wxsim_api
-from wxsim_api import FakeApi
+from wxsim import fake_api
+from wxsim.fake_api import FakeApi
 
 ACCOUNT = {"grant_type": "client_credential", "appid": APPID, "secret": APPSECRET}
 CLASSIC = f"/cgi-bin/token?grant_type=client_credential&appid={APPID}&secret={APPSECRET}"
@@ -239,7 +239,7 @@ def test_what_must_be_posted_must_be_a_json_object(
 def test_an_error_has_the_platforms_words_and_a_rid(api: FakeApi) -> None:
     answer = fetch(api.base, "/cgi-bin/getcallbackip")
     assert re.fullmatch(r"access_token missing rid: [0-9a-f]{8}(-[0-9a-f]{8}){2}", answer["errmsg"])
-    assert set(token_store.ADVICE) <= set(wxsim_api.ERRMSG)
+    assert set(token_store.ADVICE) <= set(fake_api.ERRMSG)
 
 
 def test_expire_ends_every_token(api: FakeApi) -> None:
@@ -319,7 +319,7 @@ def test_every_request_is_one_line_without_secrets(api: FakeApi, said: list[str]
     stable(api)
     state(api, token)
     state(api, "never-given")
-    api.failure = wxsim_api.GARBAGE
+    api.failure = fake_api.GARBAGE
     with pytest.raises(ValueError, match="Expecting value"):
         classic(api)
     assert [line.split(" ", 1)[1] for line in said] == [
@@ -387,12 +387,7 @@ def test_the_account_and_the_tokens_do_not_show_in_its_repr(api: FakeApi) -> Non
     assert token not in repr(api)
 
 
-COMMAND = """
-import argparse, wxconfig, wxsim_api
-parser = argparse.ArgumentParser()
-wxsim_api.add_arguments(parser)
-wxsim_api.main(parser.parse_args(), wxconfig.load())
-"""
+COMMAND = ("-m", "wxsim", "api")
 
 
 class Command:
@@ -402,7 +397,7 @@ class Command:
         path = folder / "config.ini"
         path.write_text(config)
         env = {"WXSERVER_CONFIG": str(path), **env}
-        self.process = run("-c", COMMAND, "--port", "0", *options, env=env)
+        self.process = run(*COMMAND, "--port", "0", *options, env=env)
         self.start = ""
         while "Ctrl-C" not in self.start:
             line = self.process.stdout.readline()
@@ -529,7 +524,7 @@ import fcntl, os, subprocess, sys, termios, urllib.request
 _, terminal = os.openpty()
 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 command = subprocess.Popen(
-    [sys.executable, "-c", sys.argv[1], "--port", "0"],
+    [sys.executable, "-m", "wxsim", "api", "--port", "0"],
     stdin=terminal, stdout=subprocess.PIPE, text=True, preexec_fn=os.setpgrp,
 )
 try:
@@ -545,7 +540,7 @@ finally:
 def test_in_the_background_of_a_shell_it_is_not_stopped(run: Run, tmp_path: Path) -> None:
     config = tmp_path / "config.ini"
     config.touch()
-    process = run("-c", BACKGROUND, COMMAND, env={"WXSERVER_CONFIG": str(config)})
+    process = run("-c", BACKGROUND, env={"WXSERVER_CONFIG": str(config)})
     assert process.communicate(timeout=20)[0] == "200\n"
 
 
@@ -553,7 +548,7 @@ def test_a_taken_port_is_one_line(run: Run, tmp_path: Path) -> None:
     command = Command(run, tmp_path)
     port = command.base.rpartition(":")[2]
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
-    process = run("-c", COMMAND, "--port", port, env=env)
+    process = run(*COMMAND, "--port", port, env=env)
     assert process.communicate(timeout=10) == (
         "",
         f"wxsim api: port {port}: Address already in use\n",

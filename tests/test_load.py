@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import random
 import re
-import resource
 import signal
 import sys
 import threading
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import APPID, KEY, ROOT, TOKEN, Run
+from conftest import APPID, KEY, TOKEN, Run
 from serving import free_port, gunicorn, until
 
 import wxmessage
-import wxsim_load
 from wxmessage import Message, Reply, from_xml
-from wxsim_load import Tally, report
-from wxsim_wire import Account
+from wxsim import load
+from wxsim.client import Account
+from wxsim.load import Tally, report
 
 Bot = Callable[[Message], bytes]  # from a message to the body of the answer; b"500" is that status
 
@@ -65,13 +64,13 @@ def served(bot: Bot) -> Iterator[Account]:
 
 def options(line: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    wxsim_load.add_arguments(parser)
+    load.add_arguments(parser)
     return parser.parse_args(line.split())
 
 
-def load(bot: Bot, line: str = "--rate 30 --seconds 1 --followers 10") -> bool:
+def all_well(bot: Bot, line: str = "--rate 30 --seconds 1 --followers 10") -> bool:
     with served(bot) as to:
-        return wxsim_load.main(options(line), to)
+        return load.main(options(line), to)
 
 
 def counts(printed: str) -> dict[str, int]:
@@ -82,7 +81,7 @@ def counts(printed: str) -> dict[str, int]:
 
 
 def command(run: Run, *arguments: str, **env: str) -> tuple[int, str]:
-    process = run(str(ROOT / "wxsim.py"), "load", *arguments, env=env)
+    process = run("-m", "wxsim", "load", *arguments, env=env)
     printed, _ = process.communicate(timeout=60)
     return process.returncode, printed
 
@@ -129,7 +128,7 @@ def test_messages_and_followers_are_as_many_as_asked_and_no_message_is_like_anot
         got.append(message)
         return echo(message)
 
-    assert load(bot, "--rate 60 --seconds 0.5 --followers 7")
+    assert all_well(bot, "--rate 60 --seconds 0.5 --followers 7")
     assert len(got) == 30
     assert len({message["FromUserName"] for message in got}) == 7
     for name in ("Content", "MsgId"):
@@ -143,7 +142,7 @@ def test_messages_leave_when_they_are_due_though_none_before_is_answered() -> No
         all_are_there.wait(4)
         return echo(message)
 
-    assert load(bot)
+    assert all_well(bot)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +162,13 @@ def test_answers_that_are_mixed_up_are_wrong(
             answers.append(echo(message))
             return answers[-2] or answers[-1]
 
-    assert not load(previous, f"--rate 30 --seconds 1 --followers {followers}")
+    assert not all_well(previous, f"--rate 30 --seconds 1 --followers {followers}")
     found = counts(capsys.readouterr().out)
     assert (found["answered"], found["wrong"], found[why]) == (1, 29, 29)
 
 
 def test_what_wechat_cannot_use_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not load(lambda _: b"hello")
+    assert not all_well(lambda _: b"hello")
     found = counts(capsys.readouterr().out)
     assert (found["answered"], found["wrong"]) == (0, 30)
     assert found["it is neither XML nor success"] == 30
@@ -182,7 +181,7 @@ def test_a_message_that_needs_a_second_try_is_answered(capsys: pytest.CaptureFix
         tries[message["MsgId"]] += 1
         return echo(message) if tries[message["MsgId"]] == 2 else b"500"
 
-    assert load(bot)
+    assert all_well(bot)
     printed = capsys.readouterr().out
     assert "30 at the 2nd try, 0 at the 3rd" in printed
     assert counts(printed) == {
@@ -200,7 +199,7 @@ def test_a_bot_that_does_not_echo_is_fine_with_no_echo(
     capsys: pytest.CaptureFixture[str], no_echo: bool
 ) -> None:
     line = "--rate 30 --seconds 1" + " --no-echo" * no_echo
-    assert load(lambda message: answer(message, "hello"), line) is no_echo
+    assert all_well(lambda message: answer(message, "hello"), line) is no_echo
     found = counts(capsys.readouterr().out)
     assert (found["answered"], found["wrong"]) == ((30, 0) if no_echo else (0, 30))
 
@@ -209,7 +208,7 @@ def test_names_are_checked_with_no_echo_too(capsys: pytest.CaptureFixture[str]) 
     def bot(message: Message) -> bytes:
         return answer({**message, "FromUserName": "somebody else"}, "hello")
 
-    assert not load(bot, "--rate 30 --seconds 1 --no-echo")
+    assert not all_well(bot, "--rate 30 --seconds 1 --no-echo")
     assert counts(capsys.readouterr().out)["wrong"] == 30
 
 
@@ -218,40 +217,57 @@ def test_silence_is_counted_and_an_error_only_of_a_bot_that_echoes(
     capsys: pytest.CaptureFixture[str], no_echo: bool
 ) -> None:
     line = "--rate 30 --seconds 1" + " --no-echo" * no_echo
-    assert load(lambda message: answer(message, None), line) is no_echo
+    assert all_well(lambda message: answer(message, None), line) is no_echo
     printed = capsys.readouterr().out
     found = counts(printed)
     assert (found["silent"], found["answered"], found["wrong"]) == (30, 0, 0)
     assert ("the account stayed silent" in printed) is not no_echo
 
 
-def test_more_under_way_than_open_files_allow_are_not_sent(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit = wxsim_load.SPARE + 2
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+def test_more_under_way_than_open_files_allow_are_not_sent(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
     end = threading.Event()
 
     def bot(message: Message) -> bytes:
         end.wait(1.5)
         return echo(message)
 
-    assert not load(bot, "--rate 20 --seconds 1")
-    found = counts(capsys.readouterr().out)
+    limited = "import resource, runpy; "
+    limited += f"resource.setrlimit(resource.RLIMIT_NOFILE, ({load.SPARE_FILES + 2},) * 2); "
+    limited += "runpy.run_module('wxsim', run_name='__main__')"
+    with served(bot) as to:
+        arguments = ("--url", to.url, "--token", TOKEN, "--rate", "20", "--seconds", "1")
+        env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+        process = run("-c", limited, "load", *arguments, env=env)
+        found = counts(process.communicate(timeout=30)[0])
+    assert process.returncode == 1
     assert (found["sent"], found["answered"], found["not sent"]) == (2, 2, 18)
-    why = "2 were under way, as many as this shell's limit allows; raise ulimit -n"
-    assert found[f"not sent: {why}"] == 18
+    reason = "2 were under way, as many as this shell's limit allows; raise ulimit -n"
+    assert found[f"not sent: {reason}"] == 18
 
 
-def test_a_machine_too_slow_for_the_rate_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wxsim_load, "LATEST", -1.0)
-    assert not load(echo)
-    printed = capsys.readouterr().out
-    assert (counts(printed)["sent"], counts(printed)["not sent"]) == (0, 30)
-    assert "0.0 a second for 1.0 s" in printed
-    assert "30 × not sent: this machine is too slow" in printed
+def test_a_machine_too_slow_for_the_rate_says_so(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    came = threading.Event()
+
+    def bot(message: Message) -> bytes:
+        came.set()
+        return echo(message)
+
+    with served(bot) as to:
+        arguments = ("--url", to.url, "--token", TOKEN, "--rate", "20", "--seconds", "3")
+        env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+        process = run("-m", "wxsim", "load", *arguments, env=env)
+        assert came.wait(10)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        printed, _ = process.communicate(timeout=30)
+    found = counts(printed)
+    assert process.returncode == 1
+    assert found["sent"] + found["not sent"] == 60
+    assert found["not sent: this machine is too slow, or too busy, to send as many"] >= 10
+    assert found["answered"] == found["sent"]
 
 
 def test_ctrl_c_ends_it_and_prints_what_there_is(run: Run, tmp_path: Path) -> None:
@@ -265,7 +281,7 @@ def test_ctrl_c_ends_it_and_prints_what_there_is(run: Run, tmp_path: Path) -> No
 
     with served(bot) as to:
         process = run(
-            *(str(ROOT / "wxsim.py"), "load", "--url", to.url, "--token", TOKEN),
+            *("-m", "wxsim", "load", "--url", to.url, "--token", TOKEN),
             *("--rate", "20", "--seconds", "3600"),
             env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")},
         )
@@ -283,7 +299,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert load(echo, "--rate 20 --seconds 1.5")
+    assert all_well(echo, "--rate 20 --seconds 1.5")
     progress = capsys.readouterr().err
     assert re.match(
         r"\r\x1b\[K1 s: \d+ sent, \d+ answered, \d+ under way, 0 wrong, 0 lost", progress
@@ -320,5 +336,5 @@ def test_a_bad_option_is_an_error_in_one_line(
     assert caught.value.code == 2
     name, value = line.split()
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument {name}: must be a" in error
-    assert f"above 0, not '{value}'" in error
+    assert f"argument {name}: must be a number from " in error
+    assert error.endswith(f", not '{value}'")

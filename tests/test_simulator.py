@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,14 +24,22 @@ from conftest import APPID, KEY, ROOT, TOKEN, Run, message_xml
 from serving import Server, free_port, gunicorn, until
 
 import wxcrypto
-import wxsim
-import wxsim_messages
+import wxsim.__main__
 from wxcrypto import MessageCipher
 from wxmessage import from_xml, to_xml
-from wxsim_wire import FAULT
+from wxsim import messages
+from wxsim.follower import FAULT
 
-WXSIM = str(ROOT / "wxsim.py")
+WXSIM = ("-m", "wxsim")
 ENCRYPTED = f"[wechat]\nappid = {APPID}\nencoding_aes_key = {KEY}\n"
+# Leaves out what Windows has not.
+WITHOUT_UNIX = """
+import runpy, signal, sys
+for name in ("fcntl", "pwd", "resource", "readline"):
+    sys.modules[name] = None
+del signal.SIGTTIN
+runpy.run_module("wxsim", run_name="__main__", alter_sys=True)
+"""
 GAVE_UP = "; WeChat gives up)\n"
 
 
@@ -56,7 +70,7 @@ class Asked(BaseHTTPRequestHandler):
         """Return a good text reply with ``fields`` over or beside its own."""
         message = from_xml(self.body)
         whole = {
-            "ToUserName": message.get("FromUserName", wxsim_messages.openid("me")),
+            "ToUserName": message.get("FromUserName", messages.openid("me")),
             "FromUserName": message["ToUserName"],
             "CreateTime": 1714112445,
             "MsgType": "text",
@@ -105,13 +119,13 @@ Wxsim = Callable[..., Any]  # of the arguments, the input and a config.ini
 
 @pytest.fixture
 def process(run: Run, tmp_path: Path) -> Wxsim:
-    """Run ``python wxsim.py …`` to its end."""
+    """Run ``python -m wxsim …`` to its end."""
 
     def call(*arguments: str, typed: str = "", config: str = "", **env: str) -> Any:
         path = tmp_path / "config.ini"
         path.write_text(config)
         started = run(
-            WXSIM, *arguments, env={"WXSERVER_CONFIG": str(path), "WX_TOKEN": TOKEN, **env}
+            *WXSIM, *arguments, env={"WXSERVER_CONFIG": str(path), "WX_TOKEN": TOKEN, **env}
         )
         out, errors = started.communicate(typed, timeout=30)
         return SimpleNamespace(out=out, errors=errors, status=started.returncode)
@@ -132,9 +146,9 @@ def sim(
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("WXSERVER_CONFIG", str(path))
         monkeypatch.setenv("WX_TOKEN", TOKEN)
-        monkeypatch.setattr(sys, "argv", ["wxsim.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["wxsim", *arguments])
         with pytest.raises(SystemExit) as end:
-            wxsim.main()
+            wxsim.__main__.main()
         out, errors = capsys.readouterr()
         return SimpleNamespace(out=out, errors=errors, status=int(end.value.code or 0))
 
@@ -172,8 +186,8 @@ def test_in_every_mode_the_real_server_is_verified_and_answers(
     env = {"WXSERVER_CONFIG": str(server.config)}
     url = ("--url", f"{server.base}/wx")
     submit, text = (
-        run(WXSIM, *url, "verify", env=env),
-        run(WXSIM, *url, "--xml", "text", "你好", "]]> <&", env=env),
+        run(*WXSIM, *url, "verify", env=env),
+        run(*WXSIM, *url, "--xml", "text", "你好", "]]> <&", env=env),
     )
     out, errors = submit.communicate(timeout=20)
     assert (out, errors, submit.returncode) == (
@@ -197,14 +211,14 @@ def test_every_message_and_event_can_be_sent_in_a_chat_with_several_followers(
     run: Run, tmp_path: Path
 ) -> None:
     server = real(run, tmp_path, WX_TOKEN=TOKEN)
-    kinds = [kind for kind in wxsim_messages.MESSAGES if kind != "text"]
+    kinds = [kind for kind in messages.MESSAGES if kind != "text"]
     typed = ["hello there", "/text Content=by", *(f"/{kind}" for kind in kinds)]
-    typed += [f"/event {event}" for event in wxsim_messages.EVENTS]
+    typed += [f"/event {event}" for event in messages.EVENTS]
     typed += ["/as 小明", "/image MediaId=abc", "/event CLICK menu1 A.B=c", "", "  /quit ", "never"]
     env = {"WXSERVER_CONFIG": str(server.config), "WX_TOKEN": TOKEN}
-    chat = run(WXSIM, "chat", "--url", f"{server.base}/wx", env=env)
+    chat = run(*WXSIM, "chat", "--url", f"{server.base}/wx", env=env)
     out, errors = chat.communicate("\n".join(typed), timeout=20)
-    answers = ["hello there", "by", *kinds, *wxsim_messages.EVENTS, "image", "CLICK"]
+    answers = ["hello there", "by", *kinds, *messages.EVENTS, "image", "CLICK"]
     assert out.splitlines() == answers
     assert (errors, chat.returncode) == ("", 0)
 
@@ -333,7 +347,7 @@ def test_after_five_seconds_wechat_hangs_up_and_sends_the_same_message_again(
     slow = bot(first_never)
     (tmp_path / "config.ini").write_text("")
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
-    text, verify = (run(WXSIM, what, "--url", slow.url, env=env) for what in ("text", "verify"))
+    text, verify = (run(*WXSIM, what, "--url", slow.url, env=env) for what in ("text", "verify"))
     assert text.communicate(timeout=20) == (
         "at last\n",
         "(try 1 of 3: no answer within 5 s; sent again)\n",
@@ -436,8 +450,8 @@ def test_no_reply_is_told_apart_from_an_empty_one(
         (lambda _: b"hello", "it is neither XML nor success"),
         (lambda _: b"success\n", "it is neither XML nor success"),
         (lambda a: b"\xef\xbb\xbf" + a.reply(), "a byte order mark stands before the XML"),
-        (lambda a: a.reply()[:-5], "bad XML: not well-formed XML"),
-        (lambda a: a.reply(Content="好").decode().encode("gbk"), "bad XML: not well-formed XML"),
+        (lambda a: a.reply()[:-5], "bad XML: unclosed token"),
+        (lambda a: a.reply(Content="好").decode().encode("gbk"), "bad XML: not well-formed"),
         (lambda a: a.reply().replace(b"xml>", b"XML>"), "bad XML: the root element is not xml"),
         (lambda a: a.reply(Content="x" * 2049), "the text has 2049 bytes; 2048 are allowed"),
         (lambda a: a.reply(Content="好" * 683), "the text has 2049 bytes; 2048 are allowed"),
@@ -499,7 +513,7 @@ def answer_to_encrypted(make: Callable[[bytes], bytes]) -> Answer:
         (lambda xml: sealed(xml, "Nonce"), "the envelope has no Nonce"),
         (
             lambda xml: sealed(xml).replace(b"</xml>", b"<Nonce/></xml>"),
-            "something in the envelope",
+            "the envelope has no Nonce, or more than one",
         ),
         (lambda _: sealed(b'{"MsgType": "text"}'), "it is JSON"),
         (lambda _: b"{}", "it is JSON"),
@@ -534,12 +548,16 @@ def test_in_compatible_mode_both_answers_will_do(bot: Callable[[Answer], Bot], s
             {"MsgId": "2", "Idx": "3"},
         ),
         (("image", "--set", "PicUrl=http://a/?b=c"), {"PicUrl": "http://a/?b=c"}),
-        (("--as", "a", "voice"), {"FromUserName": wxsim_messages.openid("a")}),
-        (("voice", "--as", "a"), {"FromUserName": wxsim_messages.openid("a")}),
+        (("--as", "a", "voice"), {"FromUserName": messages.openid("a")}),
+        (("voice", "--as", "a"), {"FromUserName": messages.openid("a")}),
         (("event", "CLICK", "--key", "k=1"), {"Event": "CLICK", "EventKey": "k=1"}),
         (
             ("event", "subscribe", "--key", "qrscene_7"),
             {"EventKey": "qrscene_7", "Ticket": "gQFwTICKET"},
+        ),
+        (
+            ("event", "ANYTHING", "--set", "A=B", "--set", "C.D=E"),
+            {"MsgType": "event", "Event": "ANYTHING", "A": "B", "C": {"D": "E"}},
         ),
         (
             ("event", "scancode_push", "--set", "ScanCodeInfo.ScanResult=x"),
@@ -585,9 +603,8 @@ def test_what_answers_a_raw_body_without_names_is_shown_too(
     [
         ((), "a COMMAND or --raw FILE is needed; try: verify, or text hello"),
         (("tex",), "invalid choice: 'tex'"),
-        (("event", "click"), "invalid choice: 'click'"),
         (("text", "--set", "Content"), "--set 'Content' is not NAME=VALUE"),
-        (("text", "--set", "a b=c"), "--set 'a b' cannot be the name of an XML element"),
+        (("text", "--set", "a b=c"), "--set 'a b=c' is not NAME=VALUE"),
         (("--raw", "/nowhere"), "--raw /nowhere: No such file or directory"),
         (("verify", "--url", "127.0.0.1:8000/wx"), "--url must be http://… or https://…, not '127"),
         (("verify", "--url", "ftp://a/"), "--url must be http://… or https://…"),
@@ -618,7 +635,7 @@ def test_a_terminal_without_chinese_is_no_reason_to_crash(
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = process("--help", **ascii_only)
     assert (done.errors, done.status) == ("", 0)
-    assert "python wxsim.py verify" in done.out
+    assert "python -m wxsim verify" in done.out
     url = bot(lambda asked: asked.reply(Content="你好")).url
     done = process("text", "--as", "小明", "--url", url, **ascii_only)
     assert (done.out, done.errors, done.status) == ("\\u4f60\\u597d\n", "", 0)
@@ -693,7 +710,7 @@ def test_in_a_terminal_the_prompt_names_the_follower_and_arrow_up_brings_the_lin
         "INPUTRC": "/dev/null",
     }
     screen = tmp_path / "screen"
-    command = (sys.executable, WXSIM, "chat", "--as", "小明", "--url", echoing.url)
+    command = (sys.executable, *WXSIM, "chat", "--as", "小明", "--url", echoing.url)
     chat = run("-c", IN_A_TERMINAL, *command, env=env, log=screen)
 
     def shown() -> str:
@@ -729,16 +746,14 @@ def test_a_text_may_begin_with_a_slash_as_wechats_own_emoticons_do(
 
 def test_a_body_that_was_encrypted_before_is_signed_as_it_is(run: Run, tmp_path: Path) -> None:
     server = real(run, tmp_path, WX_TOKEN=TOKEN, WX_APPID=APPID, WX_ENCODING_AES_KEY=KEY)
-    (tmp_path / "body").write_bytes(
-        sealed(message_xml("你好", FromUserName=wxsim_messages.openid("me")))
-    )
+    (tmp_path / "body").write_bytes(sealed(message_xml("你好", FromUserName=messages.openid("me"))))
     env = {
         "WXSERVER_CONFIG": str(server.config),
         "WX_TOKEN": TOKEN,
         "WX_APPID": APPID,
         "WX_ENCODING_AES_KEY": KEY,
     }
-    process = run(WXSIM, "--url", f"{server.base}/wx", "--raw", str(tmp_path / "body"), env=env)
+    process = run(*WXSIM, "--url", f"{server.base}/wx", "--raw", str(tmp_path / "body"), env=env)
     assert process.communicate(timeout=20) == ("你好\n", "")
 
 
@@ -748,3 +763,131 @@ def test_an_encrypted_answer_in_plain_mode_is_called_that(
     encrypted = sealed(message_xml())
     done = sim("text", "hello", "--url", bot(lambda a: a.say(encrypted)).url)
     assert "it is encrypted, and the console's mode is 明文模式" in done.errors
+
+
+# The shell around it
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("text",),
+        ("--xml", "text"),
+        ("chat",),
+        ("load", "--rate", "20", "--seconds", "0.5"),
+        ("api", "--port", "0"),
+        ("check",),
+    ],
+    ids=lambda arguments: arguments[-1] if arguments[0] == "--xml" else arguments[0],
+)
+def test_a_reader_that_has_read_enough_ends_it_quietly(
+    bot: Callable[[Answer], Bot], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.ini").touch()
+    url = () if arguments[0] in ("--help", "api") else ("--url", bot(lambda a: a.reply()).url)
+    command = shlex.join([sys.executable, *WXSIM, *arguments, *url])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} | true"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "WXSERVER_CONFIG": str(tmp_path / "config.ini"),
+            "WX_TOKEN": TOKEN,
+        },
+        input=b"hello\n" * 1000,
+        capture_output=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_the_fake_api_ends_too_when_nobody_reads_what_it_prints(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    command = f"{sys.executable} -m wxsim api --port 0 | head -n 4"
+    script = f"import subprocess; subprocess.run({command!r}, shell=True)"
+    process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})
+    base = [process.stdout.readline() for _ in range(4)][-1].partition(" = ")[2].strip()
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(base, timeout=5).close()
+    assert process.wait(10) == 0
+    assert process.communicate()[1] == ""
+
+
+@pytest.mark.parametrize("command", ["verify", "text", "chat", "load"])
+def test_it_works_where_there_is_no_fcntl_as_on_windows(
+    bot: Callable[[Answer], Bot], run: Run, tmp_path: Path, command: str
+) -> None:
+    def answer(asked: Asked) -> bytes:
+        return (
+            echostr(asked) if asked.command == "GET" else asked.reply(Content=asked.body.decode())
+        )
+
+    (tmp_path / "config.ini").touch()
+    arguments = [command, "--url", bot(answer).url]
+    arguments += ["--rate", "20", "--seconds", "0.5"] if command == "load" else []
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
+    process = run("-c", WITHOUT_UNIX, *arguments, env=env)
+    out, errors = process.communicate("hello\n", timeout=20)
+    assert (errors, process.returncode) == ("", 0)
+    assert out
+
+
+def test_the_fake_api_works_there_too(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    process = run("-c", WITHOUT_UNIX, "api", "--port", "0", env=env)
+    process.stdin.write("expire\n")
+    process.stdin.flush()
+    lines = iter(process.stdout.readline, "")
+    assert "expire: done\n" in lines
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[1] == ""
+
+
+@pytest.mark.parametrize("arguments", [("text",), ("check",)])
+def test_what_needs_more_than_windows_has_says_so(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.ini").touch()
+    process = run(
+        "-c", WITHOUT_UNIX, *arguments, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    )
+    out, errors = process.communicate(timeout=20)
+    assert "needs Linux or macOS; on Windows use WSL" in errors
+    assert (out, errors.count("\n"), process.returncode) == ("", 1, 1)
+
+
+def test_bytes_that_are_no_utf_8_go_out_as_the_shell_hands_them_over(
+    bot: Callable[[Answer], Bot], tmp_path: Path
+) -> None:
+    (tmp_path / "config.ini").touch()
+    silent = bot(lambda _: b"success")
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WXSERVER_CONFIG": str(tmp_path / "config.ini"),
+        "WX_TOKEN": TOKEN,
+        "PYTHONIOENCODING": "utf-8:strict",  # as it is in most terminals
+    }
+    command = [sys.executable.encode(), b"-m", b"wxsim", b"--url", silent.url.encode()]
+    subprocess.run([*command, b"text", b"a\xffb\x1d]]>"], env=env, check=True, timeout=20)
+    subprocess.run([*command, b"chat"], env=env, check=True, timeout=20, input=b"c\xfed\x00\n")
+    typed = [re.search(rb"<Content><!\[CDATA\[(.*)\]\]></Content>", a.body) for a in silent.asked]
+    assert [found and found[1] for found in typed] == [b"a\xffb\x1d]]>", b"c\xfed\0"]
+
+
+def test_it_needs_nothing_installed(bot: Callable[[Answer], Bot], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").touch()
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
+    process = run("-S", *WXSIM, "text", "--url", bot(lambda a: a.reply()).url, env=env)
+    assert process.communicate(timeout=20) == ("hello\n", "")
+
+
+def test_the_server_never_imports_it(run: Run, tmp_path: Path) -> None:
+    script = "import sys, wxserver, wxconfig; wxserver.create_application(wxconfig.load());"
+    script += "print([name for name in sys.modules if name.startswith('wxsim')])"
+    (tmp_path / "config.ini").touch()
+    process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})
+    assert process.communicate(timeout=20)[0] == "[]\n"
