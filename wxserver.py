@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+import select
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
@@ -24,6 +25,8 @@ from wxcrypto import DecryptError
 from wxmessage import Message, MessageError, Reply
 
 if TYPE_CHECKING:
+    import socket
+
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from reply_once import ReplyOnce
@@ -61,8 +64,11 @@ _ENVELOPE = re.compile(
 
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
-# The sign at the end of a text that goes on elsewhere, by [reply] late.
-_MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}
+MAX_PARTS = 10  # messages that a long text may go on in
+# The sign at the end of a text that goes on: by itself, or with the follower's next message.
+_PUSHED, _NEXT = "…（未完）", "…（未完，发送任意消息继续）"
+# What poll() says of a client that has hung up. Linux tells of it while data is still unread.
+_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 _TEXT = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML = [("Content-Type", "application/xml")]
@@ -74,6 +80,10 @@ class Refused(Exception):
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
         self.status = status
+
+
+class ClientGone(Refused):
+    """The client hung up while its request waited for a thread."""
 
 
 def create_application(
@@ -95,12 +105,14 @@ def create_application(
     cipher = wxcrypto.from_config(config)
     token = wxconfig.callback_token(config)
     once = _once(config, clock) if config.once else None
-    more = _MORE[config.late] if once else ""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, now = "200 OK", _TEXT, clock()
         try:
             method = _route(environ, config.path)
+            client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
+            if method == "POST" and client_gone():
+                raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
             query = _query(environ.get("QUERY_STRING", ""), method, cipher is not None)
             sealed = cipher if query.get("encrypt_type") == "aes" else None
             if method == "GET":
@@ -118,8 +130,11 @@ def create_application(
                     xml = _body(environ, config.max_body)
                 message = wxmessage.from_xml(xml)
                 wxmessage.check(message)
-                run = partial(_run, message, reply, clock, more)
-                made = once.answer(message, run) if once else b"".join(run())
+                run = partial(_run, message, reply)
+                if once:
+                    made = once.answer(message, run, client_gone)
+                else:
+                    made = b"".join(_write(message, run(), clock()))
                 if made is None:
                     raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
                 headers, body = (_XML, made) if made else (_TEXT, b"success")  # no reply
@@ -128,7 +143,8 @@ def create_application(
         except (Refused, MessageError, DecryptError) as error:
             status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
             body = f"{status}\n".encode()
-            log.warning("%s: %s", status, error)
+            level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
+            log.log(level, "%s: %s", status, error)
             if status == METHOD_NOT_ALLOWED:
                 headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
@@ -234,25 +250,50 @@ def _encrypt(body: bytes) -> str:
     return encrypt
 
 
-def _run(
-    message: Message, reply: Callable[[Message], Reply], clock: Callable[[], float], more: str
-) -> list[bytes]:
-    """Run ``reply()``; return the XML of its answer, in more than one part if it is too long."""
-    kind = message["MsgType"]
+def _client_gone(connection: socket.socket | None) -> bool:
+    """Tell whether the client has hung up, where the server shows its connection, as gunicorn does.
+
+    nginx hangs up here when WeChat does there. What waited for a thread for so long need not run:
+    nobody would read its answer, and WeChat has sent the message again.
+    """
+    if connection is None:
+        return False
+    poll = select.poll()
+    poll.register(connection, _HANG_UP)
+    return bool(poll.poll(0))
+
+
+def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
+    """Run ``reply()``; what fails is no reply."""
     try:
-        return wxmessage.answer(message, reply(dict(message)), clock(), more)
+        return reply(dict(message))
     # Anything else than success would be sent again and shown as a failure; and what is no
     # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
     except BaseException:
-        log.exception("reply() failed for MsgType %r; answered success", kind[:32])
+        log.exception("reply() failed for MsgType %r; answered success", message["MsgType"][:32])
+        return None
+
+
+def _write(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
+    """Write the XML of a reply, in several parts if it is too long; what cannot be is no reply."""
+    try:
+        return wxmessage.answer(message, reply, now, signs)
+    except Exception:
+        log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
+    import reply_late
     import reply_once
 
-    def please_wait(message: Message) -> bytes:
-        return wxmessage.answer(message, config.late_text, clock())[0]
+    def write(message: Message, reply: Reply, late: bool) -> list[bytes]:
+        pushed = 0
+        if config.late == "push":  # a late answer is pushed with its first part
+            pushed = reply_once.max_pushes(message) - late
+        signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
+        reply = wxmessage.first_article(reply) if late else reply
+        return _write(message, reply, clock(), signs if config.late != "drop" else ())
 
     push = typing = None
     if config.late == "push":
@@ -265,18 +306,21 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
             api.send(openid, wxmessage.from_xml(xml))
 
     answers: reply_once.Answers
+    store: reply_late.LateStore
     if config.redis:
         import redis_store
 
-        answers = redis_store.answers(config)
+        answers, store = redis_store.answers(config), redis_store.late(config)
     else:
         import reply_journal
 
-        answers = reply_journal.Journal(config.state_dir / "replies")
+        answers = reply_journal.Journal((config.runtime_dir or config.state_dir) / "replies")
+        store = reply_late.LateFiles(config.state_dir / "late")
     return reply_once.ReplyOnce(
         answers,
-        please_wait,
-        keep_late=config.late != "drop",
+        None if config.late == "drop" else reply_late.LateAnswers(store, clock),
+        write,
+        config.late_text,
         push=push,
         typing=typing,
         clock=clock,

@@ -21,8 +21,10 @@ import pytest
 from conftest import ROOT, Run, message_xml
 from serving import until
 
+import reply_late
 import reply_once
 from reply_journal import Journal
+from reply_late import LateAnswers, LateFiles
 from reply_once import ReplyOnce
 from wxmessage import from_xml
 
@@ -60,15 +62,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "replies"
 
 
+def write(message: Message, reply: Any, late: bool) -> list[bytes]:
+    return [reply.encode()] if isinstance(reply, str) else reply
+
+
+def once_with(journal: Journal, folder: Path, **more: Any) -> ReplyOnce:
+    late = LateAnswers(LateFiles(folder / "late"))
+    settings = {"timeout": PATIENCE, **more}
+    return ReplyOnce(journal, settings.pop("late", late), write, WAIT.decode(), **settings)
+
+
 def make(folder: Path, **more: Any) -> ReplyOnce:
-    return ReplyOnce(Journal(folder), lambda _: WAIT, **{"patience": PATIENCE, **more})
+    return once_with(Journal(folder), folder, **more)
 
 
 def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
     """Send a message as WeChat does, and return what came of each copy until one was answered."""
     with ThreadPoolExecutor() as threads:
         came: list[Future[bytes | None]] = []
-        for _ in range(reply_once.COPIES):
+        for _ in range(reply_once.TRIES):
             came.append(threads.submit(once.answer, dict(sent), run))
             try:
                 if came[-1].result(timeout=PATIENCE) is not None:
@@ -82,10 +94,13 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
+def late_answers(folder: Path) -> int:
+    """Count the late answers that are there."""
+    return sum(p.read_bytes().startswith(b"answer") for p in folder.glob("late/*/[!.]*"))
+
+
 def few(folder: Path, most: int) -> bool:
-    """Tell whether there are fewer files than that, and no more answers than there may be."""
-    answers = {name for name in files(folder) if name.startswith("answers.")}
-    return len(files(folder) - answers) < most and len(answers) < most
+    return len(files(folder)) < most
 
 
 def claims(folder: Path) -> int:
@@ -122,7 +137,9 @@ def test_other_messages_and_the_same_id_of_another_follower_run_for_themselves(
     assert bot.runs == 4
 
 
-def test_events_are_told_apart_by_follower_second_event_and_key(folder: Path) -> None:
+def test_events_that_differ_in_any_field_are_different_and_a_retry_is_the_same(
+    folder: Path,
+) -> None:
     once, bot = make(folder), Counted(b"a")
     different = [
         event(),
@@ -130,17 +147,29 @@ def test_events_are_told_apart_by_follower_second_event_and_key(folder: Path) ->
         event(CreateTime="2"),
         event(Event="VIEW"),
         event(EventKey="b"),
+        event(Event="user_get_card", CardId="c", UserCardCode="1"),
+        event(Event="user_get_card", CardId="c", UserCardCode="2"),
+        event(Event="TEMPLATESENDJOBFINISH", MsgID="1"),
+        event(Event="TEMPLATESENDJOBFINISH", MsgID="2"),
+        event(Event="user_authorization_revoke", OpenID="o1"),
+        event(Event="user_authorization_revoke", OpenID="o2"),
+        event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "1"}},
+        event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "2"}},
+        event() | {"SendPicsInfo": {"PicList": {"item": [{"PicMd5Sum": "1"}, {"PicMd5Sum": "2"}]}}},
+        event() | {"SendPicsInfo": {"PicList": {"item": [{"PicMd5Sum": "2"}, {"PicMd5Sum": "1"}]}}},
     ]
     for each in different * 3:
         once.answer(dict(each), bot)
     assert bot.runs == len(different)
 
 
-def test_a_message_that_nothing_tells_apart_runs_every_time(folder: Path) -> None:
-    once, bot, nameless = make(folder), Counted(b"a"), message()
-    del nameless["MsgId"]
-    assert [once.answer(nameless, bot) for _ in range(3)] == [b"a"] * 3
-    assert bot.runs == 3
+def test_a_message_without_an_id_is_told_apart_by_its_fields(folder: Path) -> None:
+    once, bot = make(folder), Counted(b"a")
+    for content in ("one", "other", "one"):
+        nameless = message(Content=content)
+        del nameless["MsgId"]
+        assert once.answer(nameless, bot) == b"a"
+    assert bot.runs == 2
 
 
 @pytest.mark.parametrize(
@@ -161,9 +190,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait", patience=8)
+from test_reply_once import make, message, once_with
+once = make(Path(sys.argv[1]), timeout=8)
 def run():
     with open(sys.argv[2], "a") as runs:
         runs.write("run\\n")
@@ -195,7 +223,7 @@ def test_copies_that_race_on_many_processes_are_one_run(
 def test_the_copy_that_waits_gets_the_answer_when_it_is_there(folder: Path, seconds: float) -> None:
     bot = Counted(b"answer", seconds=seconds * PATIENCE)
     came = send(make(folder), message(), bot)
-    assert came == [b"answer", *[None] * (int(seconds) - 1), b"answer"]
+    assert came == [*[None] * int(seconds), b"answer"]
     assert bot.runs == 1
 
 
@@ -205,7 +233,7 @@ def test_a_copy_is_never_told_that_there_is_no_reply_while_it_still_runs(folder:
         first = threads.submit(once.answer, message(), bot)
         until(lambda: bot.runs)
         assert once.answer(message(), bot) is None
-        assert first.result() == b"answer"
+        assert first.result() is None
     assert bot.runs == 1
 
 
@@ -213,7 +241,7 @@ def test_the_last_copy_is_told_to_wait_in_time_and_the_answer_waits_for_the_next
     folder: Path,
 ) -> None:
     once, bot = make(folder), Counted(b"late", seconds=4 * PATIENCE)
-    assert send(once, message(1), bot) == [b"late", None, WAIT]
+    assert send(once, message(1), bot) == [None, None, WAIT]
     other = Counted(b"other")
     assert once.answer(message(2, "bob"), other) == b"other"
     assert once.answer(event(), other) == b"other"
@@ -237,7 +265,7 @@ def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> N
 
 
 def test_dropped_is_dropped(folder: Path) -> None:
-    once, bot = make(folder, keep_late=False), Counted(b"late", seconds=4 * PATIENCE)
+    once, bot = make(folder, late=None), Counted(b"late", seconds=4 * PATIENCE)
     assert send(once, message(1), bot)[-1] == WAIT
     assert once.answer(message(2), Counted(b"other")) == b"other"
 
@@ -251,13 +279,13 @@ def test_silence_that_is_late_keeps_nothing_waiting(folder: Path) -> None:
 
 def test_an_answer_that_nobody_came_back_for_waits_as_well(folder: Path) -> None:
     once = make(folder)
-    assert once.answer(message(1), Counted(b"late", seconds=3.5 * PATIENCE)) == b"late"
+    assert once.answer(message(1), Counted(b"late", seconds=3.5 * PATIENCE)) is None
     assert once.answer(message(2), Counted(b"other")) == b"late"
 
 
 def test_the_moment_of_the_last_word_and_of_the_answer_is_one_or_the_other(folder: Path) -> None:
     """The answer comes around the last word: it is got at once or with the next message."""
-    at = (2 + reply_once.LAST_WORD) * PATIENCE
+    at = (2 + reply_once.ANSWER_WITHIN) * PATIENCE
     with ThreadPoolExecutor(30) as threads:
 
         def follow(number: int) -> tuple[bytes | None, bytes | None, int]:
@@ -275,9 +303,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait")
+from test_reply_once import make, message, once_with
+once = make(Path(sys.argv[1]), timeout=5)
 def run():
     print("running", flush=True)
     time.sleep(60)
@@ -292,7 +319,7 @@ def test_a_killed_owner_frees_the_message_and_the_copy_that_waits_runs_it_again(
     assert owner.stdout.readline() == "running\n"
     bot = Counted(b"again")
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(make(folder, patience=5.0).answer, message(), bot)
+        waiting = threads.submit(make(folder, timeout=5.0).answer, message(), bot)
         until(lambda: claims(folder) == 2)
         os.kill(owner.pid, signal.SIGKILL)
         assert waiting.result() == b"again"
@@ -306,7 +333,7 @@ def test_a_child_of_reply_that_outlives_the_killed_owner_holds_nothing(
     owner = run("-c", "import os" + forking, str(folder), str(ROOT / "tests"))
     assert [owner.stdout.readline() for _ in range(3)] == ["running\n", "0\n", "0\n"]
     os.kill(owner.pid, signal.SIGKILL)
-    assert make(folder, patience=5.0).answer(message(), Counted(b"again")) == b"again"
+    assert make(folder, timeout=5.0).answer(message(), Counted(b"again")) == b"again"
 
 
 def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path, run: Run) -> None:
@@ -320,7 +347,7 @@ def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path, run:
     began = time.monotonic()
     assert once.answer(message(), bot) == WAIT
     assert time.monotonic() - began < 2 * PATIENCE
-    until(lambda: files(folder / "late"))
+    until(lambda: late_answers(folder))
     assert once.answer(message(2), Counted(b"other")) == b"late"
     assert bot.runs == 1
 
@@ -437,10 +464,12 @@ def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:
 
 def turn(folder: Path, gone: Path) -> None:
     """Let messages come until a file is gone."""
-    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
+    journal, numbers = Journal(folder, remember=0.2), itertools.count(1000)
 
     def turned() -> bool:
-        journal.come(str(next(numbers)), "somebody")
+        journal.claim(
+            str(next(numbers)),
+        )
         return not gone.exists()
 
     until(turned)
@@ -460,27 +489,13 @@ def test_old_files_are_swept_and_those_of_living_processes_are_not(folder: Path,
     assert few(folder, 8)
 
 
-def test_answers_are_kept_as_long_as_their_journal_and_no_longer(folder: Path) -> None:
-    journal, bot, old = Journal(folder), Counted(b"a"), time.time() - 60
-    assert make(folder).answer(message(), bot) == b"a"
-    (folder / "answers.0").touch()  # whoever removed its journal was killed before it was its turn
-    for name in ("answers.0", "answers.1"):
-        os.utime(folder / name, (old, old))
-    journal._sweep(last=2)
-    assert make(folder).answer(message(), bot) == b"a"
-    assert bot.runs == 1
-    assert not (folder / "answers.0").exists()
-    for name in ("answers.1", "journal.1"):
-        os.utime(folder / name, (old, old))
-    journal._sweep(last=2)
-    assert not files(folder) & {"answers.1", "journal.1"}
-
-
 def test_old_files_are_closed_without_the_garbage_collector(folder: Path) -> None:
-    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
+    journal, numbers = Journal(folder, remember=0.2), itertools.count(1000)
 
     def turned() -> bool:
-        journal.come(str(next(numbers)), "somebody")
+        journal.claim(
+            str(next(numbers)),
+        )
         return (folder / "journal.12").exists()
 
     before = len(os.listdir("/proc/self/fd"))
@@ -497,9 +512,10 @@ def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
     for follower in ("alice", "bob"):
         once.answer(message(1, follower), Counted(b"1", b"2", b"3"))
     [alices] = folder.glob("late/*alice")
-    old = time.time() - reply_once.KEEP_LATE - 60
-    os.utime(alices, (old, old))
-    turn(folder, alices)
+    old = time.time() - reply_late.KEEP_LATE - 60
+    for path in alices.iterdir():
+        os.utime(path, (old, old))
+    once = make(folder)
     assert once.answer(message(2, "alice"), other) == b"other"
     assert once.answer(message(2, "bob"), other) == b"2"
 
@@ -509,9 +525,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1]), keep=1.0), lambda _: b"wait")
+from test_reply_once import make, message, once_with
+once = once_with(Journal(Path(sys.argv[1]), remember=1.0), Path(sys.argv[1]), timeout=5)
 print("ready", flush=True)
 began = float(sys.stdin.readline())
 runs = open(sys.argv[2], "a")
@@ -546,13 +561,13 @@ def test_threads_that_are_the_first_of_a_process_see_one_journal(tmp_path: Path)
 
             def claim(name: str, journal: Journal = journal) -> None:
                 together.wait()
-                journal.come(name, "somebody")
-                journal.keep(name, [b"a"])
+                journal.claim(name)
+                journal.save(name, b"a")
 
             names = [f"message{n}" for n in range(8)]
             list(threads.map(claim, names))
             other = Journal(tmp_path / str(number))
-            assert [other.come(name, "somebody").parts for name in names] == [[b"a"]] * 8
+            assert [other.claim(name).answer for name in names] == [b"a"] * 8
 
 
 def test_an_owner_that_answers_and_dies_at_once_is_not_run_again(
@@ -563,15 +578,15 @@ def test_an_owner_that_answers_and_dies_at_once_is_not_run_again(
     owner = run("-c", slow, str(folder), str(ROOT / "tests"))
     assert owner.stdout.readline() == "running\n"
     journal, bot = Journal(folder), Counted(b"again")
-    lives = journal._lives
+    is_alive = journal.is_alive
 
-    def slowly(owners: bytes) -> bool:
+    def slowly(name: str) -> bool:
         if owner.poll() is None:
             owner.communicate("\n")
-        return lives(owners)
+        return is_alive(name)
 
-    monkeypatch.setattr(journal, "_lives", slowly)
-    assert ReplyOnce(journal, lambda _: WAIT).answer(message(), bot) == b"answer"
+    monkeypatch.setattr(journal, "is_alive", slowly)
+    assert once_with(journal, folder).answer(message(), bot) == b"answer"
     assert bot.runs == 0
 
 
@@ -586,7 +601,7 @@ def test_a_file_whose_maker_was_killed_before_it_was_used_divides_nobody(folder:
 
 
 @pytest.mark.parametrize(
-    "name", ["journal.1~", "answers.1~", "journal.2.gz", "journal.", "notes.0"]
+    "name", ["journal.1~", "journal.2.gz", "journal.", "notes.0"]
 )
 def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
     folder.mkdir()
@@ -599,7 +614,7 @@ def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
 
 
 def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path) -> None:
-    sleeper, bot = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT), Counted(b"a")
+    sleeper, bot = once_with(Journal(folder, remember=0.2), folder), Counted(b"a")
     sleeper.answer(message(1), bot)
     turn(folder, folder / "journal.1")
     assert [each.answer(message(2), bot) for each in (sleeper, make(folder))] == [b"a"] * 2
@@ -610,7 +625,7 @@ def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder
     """Every message is somewhere in the two files of that time."""
     bot, others = Counted(b"a"), Counted(b"a")
     came: list[tuple[float, int]] = []
-    once = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+    once = once_with(Journal(folder, remember=1.0), folder)
     end = time.monotonic() + 3
     while time.monotonic() < end:
         came.append((time.monotonic(), len(came)))
@@ -618,15 +633,15 @@ def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder
         time.sleep(0.005)
         began, number = random.choice(came)
         if number > 0 and time.monotonic() - began < 0.8:
-            new = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+            new = once_with(Journal(folder, remember=1.0), folder)
             assert new.answer(message(number), others) == b"a"
     assert (folder / "journal.5").exists()
     assert others.runs == 0
 
 
 def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: Path) -> None:
-    sleeper, owner = Journal(folder), Journal(folder, keep=0.2)
-    assert sleeper.come("first", "somebody").mine
+    sleeper, owner = Journal(folder), Journal(folder, remember=0.2)
+    assert sleeper.claim("first").mine
     for number in (1, 2):
         turn(folder, folder / f"journal.{number}")
     numbers = itertools.count()
@@ -634,25 +649,25 @@ def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: P
     def came() -> str:
         """Return the message after which the file was turned."""
         while True:
-            name, before = str(next(numbers)), files(folder)
-            assert owner.come(name, "somebody").mine
+            name, before = f"another{next(numbers)}", files(folder)
+            assert owner.claim(name).mine
             if any(path.startswith("journal") for path in files(folder) - before):
                 return name
 
     name = came()
-    assert not sleeper.come(name, "somebody").mine
+    assert not sleeper.claim(name).mine
 
 
 def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = Journal(folder, keep=0.2)
+    old = Journal(folder, remember=0.2)
     turn(folder, folder / "journal.1")
     late = Journal(folder)
     numbers = late._numbers
     monkeypatch.setattr(late, "_numbers", lambda: [1, *numbers()])  # as listed before
-    assert old.come("a", "somebody").mine
-    assert not late.come("a", "somebody").mine
+    assert old.claim("a").mine
+    assert not late.claim("a").mine
     assert not (folder / "journal.1").exists()
 
 
@@ -674,13 +689,13 @@ def test_an_answer_that_takes_long_to_keep_waits_for_who_was_told_to_wait_meanwh
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once, other = make(folder), Counted(b"other")
-    keep = once._answers.keep
+    save = once._answers.save
 
-    def slowly(name: str, parts: list[bytes]) -> None:
+    def slowly(name: str, answer: bytes) -> bool:
         time.sleep(0.3 * PATIENCE)
-        keep(name, parts)
+        return save(name, answer)
 
-    monkeypatch.setattr(once._answers, "keep", slowly)
+    monkeypatch.setattr(once._answers, "save", slowly)
     with ThreadPoolExecutor() as threads:
         slow = Counted(b"answer", seconds=0.75 * PATIENCE)
         copies = [threads.submit(once.answer, message(), slow) for _ in range(3)]
@@ -691,10 +706,10 @@ def test_an_answer_that_takes_long_to_keep_waits_for_who_was_told_to_wait_meanwh
 
 def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Path) -> None:
     bot = Counted(b"a")
-    one = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    one = once_with(Journal(folder, remember=0.2), folder)
     one.answer(message(1), bot)
     shutil.rmtree(folder)
-    other = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    other = once_with(Journal(folder, remember=0.2), folder)
     numbers = itertools.count(2)
 
     def met() -> bool:
@@ -720,9 +735,8 @@ def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Pat
 def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
     before, bot = make(folder), Counted(b"a")
     assert before.answer(message(1), bot) == b"a"
-    for name in ("journal.1", "answers.1"):
-        with (folder / name).open("ab") as file:
-            file.write(torn)
+    with (folder / "journal.1").open("ab") as file:
+        file.write(torn)
     for once in (before, make(folder)):
         assert [once.answer(message(n), bot) for n in (1, 2, 3)] == [b"a"] * 3
     assert bot.runs == 3

@@ -1,0 +1,265 @@
+"""Late answers: what a follower did not get in time waits here for the follower's next message.
+
+``LateAnswers`` has the rules. Where the entries are kept is a ``LateStore``: ``LateFiles`` here for
+one machine, ``redis_store`` for several. A follower has one entry for each message that is answered
+late. It begins with a line, KIND OWNER SEEN FREE_AT GIVEN, of this KIND:
+
+    pending   the follower was told to wait, and OWNER runs ``reply()``
+    dropped   the same, but the follower has left: the answer is not wanted
+    answer    the answer is there; other messages may get it from FREE_AT on; GIVEN is 1 if its
+              first part was given
+
+The message was seen at SEEN; both are Unix times. After the line come the parts of the answer that
+were not given yet, divided by SOH, a character that XML cannot hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account write to a follower
+PENDING_FOR = 3600.0  # seconds that a follower's next message waits for a pending answer at most
+SWEEP_INTERVAL = 600.0  # seconds
+
+
+class LateStore(Protocol):
+    """Keeps entries by follower and message name, for ``KEEP_LATE``.
+
+    All methods raise OSError when the place cannot be reached.
+    """
+
+    def read(self, follower: str) -> dict[str, bytes]:
+        """Return the entries of a follower."""
+
+    def write(self, follower: str, name: str, entry: bytes, replace: bool = True) -> None:
+        """Write an entry; if it may not ``replace``, one that is there stays."""
+
+    def remove(self, follower: str, name: str) -> None:
+        """Remove an entry if it is there."""
+
+    def lock(self, follower: str, name: str) -> AbstractContextManager[bool]:
+        """Lock an entry until the block ends or the process dies; False: it is locked already."""
+
+
+class Entry(NamedTuple):
+    """One entry: see above."""
+
+    kind: str
+    owner: str
+    seen: float
+    free_at: float = 0.0
+    given: int = 0
+    parts: tuple[bytes, ...] = ()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Entry:
+        """Read an entry; what is none counts as dropped."""
+        line, _, rest = data.partition(b"\n")
+        try:
+            kind, owner, seen, free_at, given = line.decode().split(" ")
+            parts = tuple(rest.split(b"\1")) if rest else ()
+            return cls(kind, owner, float(seen), float(free_at), int(given), parts)
+        except ValueError:
+            return cls("dropped", "", 0.0)
+
+    def to_bytes(self) -> bytes:
+        """Write the entry."""
+        line = f"{self.kind} {self.owner} {self.seen:.3f} {self.free_at:.3f} {self.given}\n"
+        return line.encode() + b"\1".join(self.parts)
+
+    def without_first(self) -> Entry:
+        """Return what is left when the first part was given."""
+        return self if self.given else self._replace(given=1, parts=self.parts[1:])
+
+
+class LateAnswers:
+    """The late answers of all followers.
+
+    Args:
+        store: where they are kept.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(self, store: LateStore, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._clock = store, clock
+
+    def put_pending(self, follower: str, name: str, owner: str) -> None:
+        """Note that the follower was told to wait, unless the answer is here already."""
+        entry = Entry("pending", owner, self._clock())
+        self._store.write(follower, name, entry.to_bytes(), replace=False)
+
+    def put(
+        self, follower: str, name: str, parts: list[bytes], seen: float, free_at: float
+    ) -> None:
+        """Keep an answer, in place of what was here for its message.
+
+        Another message gets it from ``free_at`` on; at once, if it was pending. If the follower has
+        left meanwhile, it is dropped.
+        """
+        before = self._entry(follower, name)
+        kind = before.kind if before else ""
+        if kind == "dropped" or not parts:
+            self._store.remove(follower, name)
+        else:
+            free_at = 0.0 if kind == "pending" else free_at
+            entry = Entry("answer", "-", seen, free_at, 0, tuple(parts))
+            self._store.write(follower, name, entry.to_bytes())
+
+    def find(self, follower: str, name: str) -> list[bytes]:
+        """Return the answer of a message if none of it was given yet, else an empty list."""
+        entry = self._entry(follower, name)
+        return list(entry.parts) if entry and not entry.given else []
+
+    def release(self, follower: str, name: str, without_first: bool) -> None:
+        """Let other messages get an answer at once, without the part that a try got."""
+        entry = self._entry(follower, name)
+        if entry and entry.kind == "answer":
+            self._free(follower, name, entry.without_first() if without_first else entry)
+        elif entry and without_first:  # it was pending, and a try got the whole answer
+            self._store.remove(follower, name)
+
+    def clear(self, follower: str) -> None:
+        """Drop the answers of a follower who has left, those too that are not here yet."""
+        for name, data in self._store.read(follower).items():
+            if (entry := Entry.from_bytes(data)).kind == "pending":
+                dropped = entry._replace(kind="dropped")
+                self._store.write(follower, name, dropped.to_bytes())
+            else:
+                self._store.remove(follower, name)
+
+    def pending(self, follower: str, is_alive: Callable[[str], bool]) -> tuple[int, int]:
+        """Count the answers that are pending, and those that never come; forget the latter."""
+        alive = dead = 0
+        for name, data in self._store.read(follower).items():
+            entry = Entry.from_bytes(data)
+            if entry.kind != "pending":
+                continue
+            if self._clock() - entry.seen < PENDING_FOR and is_alive(entry.owner):
+                alive += 1
+            else:
+                dead += 1
+                self._store.remove(follower, name)
+        return alive, dead
+
+    @contextlib.contextmanager
+    def next_part(self, follower: str) -> Iterator[bytes | None]:
+        """Yield the first part that another message may get; None: there is none.
+
+        It is removed when the block succeeds. Nobody else gets it meanwhile.
+        """
+        entries = {k: Entry.from_bytes(v) for k, v in self._store.read(follower).items()}
+        now = self._clock()
+        free = [(e.seen, name) for name, e in entries.items() if e.parts and e.free_at <= now]
+        for _, name in sorted(free):
+            with self._store.lock(follower, name) as is_locked:
+                entry = self._entry(follower, name) if is_locked else None
+                if entry and entry.parts:  # else another thread or process was quicker
+                    yield entry.parts[0]
+                    rest = entry._replace(given=1, parts=entry.parts[1:])
+                    self._free(follower, name, rest)
+                    return
+        yield None
+
+    def _entry(self, follower: str, name: str) -> Entry | None:
+        data = self._store.read(follower).get(name)
+        return None if data is None else Entry.from_bytes(data)
+
+    def _free(self, follower: str, name: str, entry: Entry) -> None:
+        if entry.parts:
+            self._store.write(follower, name, entry._replace(free_at=0.0).to_bytes())
+        else:
+            self._store.remove(follower, name)
+
+
+class LateFiles:
+    """Late answers in files: a folder for each follower, in it a file for each message.
+
+    A file is written beside its place and renamed, so it is always whole.
+
+    Args:
+        folder: for the folders; on a local disk, not in memory: it has to survive a reboot.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._sweep_at = str(folder), 0.0
+        self._writes = itertools.count()
+
+    def read(self, follower: str) -> dict[str, bytes]:
+        """Return the entries of a follower."""
+        if time.monotonic() > self._sweep_at:
+            self._sweep()
+        entries = {}
+        folder = f"{self._folder}/{follower}"
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.startswith("."):
+                        entries[name] = Path(f"{folder}/{name}").read_bytes()
+        return entries
+
+    def write(self, follower: str, name: str, entry: bytes, replace: bool = True) -> None:
+        """Write an entry; if it may not ``replace``, one that is there stays."""
+        folder = f"{self._folder}/{follower}"
+        new = f"{folder}/.{name}.{os.getpid()}.{next(self._writes)}"
+        while True:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            try:
+                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                break
+            except FileNotFoundError:  # another process has just removed the empty folder
+                continue
+        try:
+            with open(fd, "wb") as file:
+                file.write(entry)
+            with contextlib.suppress(FileExistsError):
+                (os.replace if replace else os.link)(new, f"{folder}/{name}")
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+
+    def remove(self, follower: str, name: str) -> None:
+        """Remove an entry if it is there, and the folder if it is empty then."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._folder}/{follower}/{name}")
+        with contextlib.suppress(OSError):
+            os.rmdir(f"{self._folder}/{follower}")
+
+    @contextlib.contextmanager
+    def lock(self, follower: str, name: str) -> Iterator[bool]:
+        """Lock an entry until the block ends or the process dies; False: it is locked already."""
+        try:
+            fd = os.open(f"{self._folder}/{follower}/{name}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            # If it was replaced meanwhile, this is the lock of a file that is gone.
+            yield bool(os.fstat(fd).st_nlink)
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        self._sweep_at = time.monotonic() + SWEEP_INTERVAL
+        before = time.time() - KEEP_LATE
+        with contextlib.suppress(FileNotFoundError):
+            for follower in os.listdir(self._folder):
+                folder = f"{self._folder}/{follower}"
+                with contextlib.suppress(OSError):  # another process was quicker
+                    for name in os.listdir(folder):
+                        if os.stat(f"{folder}/{name}").st_mtime < before:
+                            os.unlink(f"{folder}/{name}")
+                    os.rmdir(folder)
