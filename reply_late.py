@@ -75,10 +75,6 @@ class Entry(NamedTuple):
         line = f"{self.kind} {self.owner} {self.seen:.3f} {self.free_at:.3f} {self.given}\n"
         return line.encode() + b"\1".join(self.parts)
 
-    def without_first(self) -> Entry:
-        """Return what is left when the first part was given."""
-        return self if self.given else self._replace(given=1, parts=self.parts[1:])
-
 
 class LateAnswers:
     """The late answers of all followers.
@@ -106,24 +102,26 @@ class LateAnswers:
         """
         before = self._entry(follower, name)
         kind = before.kind if before else ""
-        if kind == "dropped" or not parts:
+        if kind == "dropped":
+            return
+        if not parts:
             self._store.remove(follower, name)
-        else:
-            free_at = 0.0 if kind == "pending" else free_at
-            entry = Entry("answer", "-", seen, free_at, 0, tuple(parts))
-            self._store.write(follower, name, entry.to_bytes())
+            return
+        free_at = 0.0 if kind == "pending" else free_at
+        entry = Entry("answer", "-", seen, free_at, parts=tuple(parts))
+        self._store.write(follower, name, entry.to_bytes())
 
     def find(self, follower: str, name: str) -> list[bytes]:
         """Return the answer of a message if none of it was given yet, else an empty list."""
         entry = self._entry(follower, name)
         return list(entry.parts) if entry and not entry.given else []
 
-    def release(self, follower: str, name: str, without_first: bool) -> None:
-        """Let other messages get an answer at once, without the part that a try got."""
+    def give_first(self, follower: str, name: str) -> None:
+        """Remove the first part, since a try got it; other messages get the rest from now on."""
         entry = self._entry(follower, name)
-        if entry and entry.kind == "answer":
-            self._free(follower, name, entry.without_first() if without_first else entry)
-        elif entry and without_first:  # it was pending, and a try got the whole answer
+        if entry and entry.kind == "answer" and not entry.given:
+            self._remove_first(follower, name, entry)
+        elif entry and entry.kind == "pending":  # this was the whole answer
             self._store.remove(follower, name)
 
     def clear(self, follower: str) -> None:
@@ -163,8 +161,7 @@ class LateAnswers:
                 entry = self._entry(follower, name) if is_locked else None
                 if entry and entry.parts:  # else another thread or process was quicker
                     yield entry.parts[0]
-                    rest = entry._replace(given=1, parts=entry.parts[1:])
-                    self._free(follower, name, rest)
+                    self._remove_first(follower, name, entry)
                     return
         yield None
 
@@ -172,9 +169,10 @@ class LateAnswers:
         data = self._store.read(follower).get(name)
         return None if data is None else Entry.from_bytes(data)
 
-    def _free(self, follower: str, name: str, entry: Entry) -> None:
-        if entry.parts:
-            self._store.write(follower, name, entry._replace(free_at=0.0).to_bytes())
+    def _remove_first(self, follower: str, name: str, entry: Entry) -> None:
+        if rest := entry.parts[1:]:
+            left = entry._replace(free_at=0.0, given=1, parts=rest)
+            self._store.write(follower, name, left.to_bytes())
         else:
             self._store.remove(follower, name)
 

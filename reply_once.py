@@ -258,39 +258,48 @@ class ReplyOnce:
             time.sleep(self._timeout / 25)
 
     def _finish(self, this: _Try, write: Callable[[bool], Parts]) -> bytes | None:
-        """Save the answer for the other tries, and queue what this try does not take.
+        """Save the answer for the other tries, and keep it as late if this try does not take it.
 
-        It is queued before it is saved, so that a worker that is killed here loses nothing.
+        It is kept before it is saved, so that a worker that is killed here loses nothing.
         """
         heard = this.is_heard(self._timeout)
         parts = write(False)
-        queued = parts if heard else write(True)
-        told_to_wait, window_ends = False, this.seen + WINDOW * self._timeout
-        if self._late and (not heard or len(parts) > 1):
-            with self._logged("a late answer may be lost"):
-                self._late.put(this.follower, this.name, queued, this.seen, window_ends)
+        late_parts = parts if heard else write(True)
+        free_at = this.seen + WINDOW * self._timeout
+        told_to_wait = False
+        if not heard or len(parts) > 1:
+            self._keep_late(this, late_parts, free_at)
         with self._logged("another try of this message may get no answer"):
             told_to_wait = self._answers.save(this.name, _first(parts))
         self._waiters.wake(this.name)
-        if told_to_wait or (heard and len(parts) > 1):
-            self._release(this, without_first=heard)
-        if not heard or len(parts) > 1:
-            at_once = heard or told_to_wait
-            self._push_later(this, 0 if at_once else max(0, window_ends - self._clock()))
+        if told_to_wait:
+            self._keep_late(this, late_parts, free_at=0.0)
+            heard = False  # the last try was told: this one must be over
+        elif heard and len(parts) > 1:
+            self._give_first(this)
+        if not heard:
+            at_once = told_to_wait or self._clock() > free_at
+            self._push_later(this, 0 if at_once else free_at - self._clock())
         return _first(parts) if heard else None
 
     def _hand_over(self, this: _Try, answer: bytes) -> bytes | None:
         """Give the answer to a try that waited for it, if WeChat still listens."""
         if not this.is_heard(self._timeout):
             return None
-        self._release(this, without_first=True)
-        self._push_later(this, 0)
+        self._give_first(this)
         return answer
 
-    def _release(self, this: _Try, without_first: bool) -> None:
+    def _keep_late(self, this: _Try, parts: Parts, free_at: float) -> None:
+        if self._late:
+            with self._logged("a late answer may be lost"):
+                self._late.put(this.follower, this.name, parts, this.seen, free_at)
+
+    def _give_first(self, this: _Try) -> None:
+        """Remove the part that a try gets from what is late, and push the rest."""
         if self._late:
             with self._logged("a late answer may be given twice"):
-                self._late.release(this.follower, this.name, without_first)
+                self._late.give_first(this.follower, this.name)
+            self._push_later(this, 0)
 
     def _tell_to_wait(self, this: _Try, state: State) -> bytes | None:
         """Tell the follower to wait, unless the answer comes at this very moment."""
@@ -298,9 +307,10 @@ class ReplyOnce:
             if self._late:
                 self._late.put_pending(this.follower, this.name, state.owner)
             state = self._answers.tell_to_wait(this.name)
-        if state.answer is not None and not state.told_to_wait:
-            return self._hand_over(this, state.answer)
-        return self._notice(this)
+        if state.answer is None or state.told_to_wait:
+            return self._notice(this)
+        self._give_first(this)
+        return state.answer
 
     def _notice(self, this: _Try) -> bytes:
         return self._write(this.message, self._wait_notice, False)[0]

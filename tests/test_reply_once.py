@@ -600,9 +600,7 @@ def test_a_file_whose_maker_was_killed_before_it_was_used_divides_nobody(folder:
     assert bot.runs == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["journal.1~", "journal.2.gz", "journal.", "notes.0"]
-)
+@pytest.mark.parametrize("name", ["journal.1~", "journal.2.gz", "journal.", "notes.0"])
 def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("notes")
