@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import token_store
+from reply_answers import REMEMBER, State
 from reply_late import KEEP_LATE
-from reply_once import REMEMBER, State
 from token_store import LONGEST_WAIT, TokenStore
 from wxconfig import ConfigError
 
@@ -242,7 +242,7 @@ class RedisTokenStore(TokenStore):
 
 
 class RedisAnswers:
-    """Remembers messages for all machines; see ``reply_once.Answers``.
+    """Remembers messages for all machines; see ``reply_answers.Answers``.
 
     A message takes two round trips, and its answer a third. The owner of a message has its lock,
     which lasts a little longer than the answer is needed.

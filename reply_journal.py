@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reply_once import REMEMBER, State
+from reply_answers import REMEMBER, State
 
 _NUL, _STX = b"\0", b"\2"
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -118,7 +118,7 @@ class _File:
 
 
 class Journal:
-    """Remembers messages for all threads and processes of a machine; see ``reply_once.Answers``.
+    """Remembers messages for all threads and processes of a machine; see ``reply_answers.Answers``.
 
     Args:
         folder: for the files; on a local disk, better in memory.

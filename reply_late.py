@@ -18,16 +18,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from reply_answers import ErrorLog
 
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account write to a follower
 PENDING_FOR = 3600.0  # seconds that a follower's next message waits for a pending answer at most
 SWEEP_INTERVAL = 600.0  # seconds
+PUSH_DELAY = 1.0  # seconds, so that what is pushed comes after the answer itself
+MAY_BE_LOST = "a late answer may be lost"
+MAY_BE_GIVEN_TWICE = "a late answer may be given twice"
+
+log = logging.getLogger("reply_once")
 
 
 class LateStore(Protocol):
@@ -77,20 +87,28 @@ class Entry(NamedTuple):
 
 
 class LateAnswers:
-    """The late answers of all followers.
+    """The late answers of all followers. An OSError of the store is logged, and nothing is done.
 
     Args:
         store: where they are kept.
+        push: sends one part to an OpenID by 客服消息, and raises when WeChat refuses it.
         clock: Unix time in seconds.
     """
 
-    def __init__(self, store: LateStore, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._clock = store, clock
+    def __init__(
+        self,
+        store: LateStore,
+        push: Callable[[str, bytes], object] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store, self._push, self._clock = store, push, clock
+        self._errors = ErrorLog(clock)
 
     def put_pending(self, follower: str, name: str, owner: str) -> None:
         """Note that the follower was told to wait, unless the answer is here already."""
-        entry = Entry("pending", owner, self._clock())
-        self._store.write(follower, name, entry.to_bytes(), replace=False)
+        with self._errors.caught(MAY_BE_LOST):
+            entry = Entry("pending", owner, self._clock())
+            self._store.write(follower, name, entry.to_bytes(), replace=False)
 
     def put(
         self, follower: str, name: str, parts: list[bytes], seen: float, free_at: float
@@ -100,74 +118,102 @@ class LateAnswers:
         Another message gets it from ``free_at`` on; at once, if it was pending. If the follower has
         left meanwhile, it is dropped.
         """
-        before = self._entry(follower, name)
-        kind = before.kind if before else ""
-        if kind == "dropped":
-            return
-        if not parts:
-            self._store.remove(follower, name)
-            return
-        free_at = 0.0 if kind == "pending" else free_at
-        entry = Entry("answer", "-", seen, free_at, parts=tuple(parts))
-        self._store.write(follower, name, entry.to_bytes())
+        with self._errors.caught(MAY_BE_LOST):
+            before = self._entry(follower, name)
+            kind = before.kind if before else ""
+            if kind == "dropped":
+                return
+            if not parts:
+                self._store.remove(follower, name)
+                return
+            free_at = 0.0 if kind == "pending" else free_at
+            entry = Entry("answer", "-", seen, free_at, parts=tuple(parts))
+            self._store.write(follower, name, entry.to_bytes())
 
     def find(self, follower: str, name: str) -> list[bytes]:
         """Return the answer of a message if none of it was given yet, else an empty list."""
-        entry = self._entry(follower, name)
+        entry = None
+        with self._errors.caught("reply() may run twice"):
+            entry = self._entry(follower, name)
         return list(entry.parts) if entry and not entry.given else []
 
     def give_first(self, follower: str, name: str) -> None:
-        """Remove the first part, since a try got it; other messages get the rest from now on."""
-        entry = self._entry(follower, name)
-        if entry and entry.kind == "answer" and not entry.given:
-            self._remove_first(follower, name, entry)
-        elif entry and entry.kind == "pending":  # this was the whole answer
-            self._store.remove(follower, name)
+        """Remove the first part, since a try gets it; other messages get the rest from now on."""
+        with self._errors.caught(MAY_BE_GIVEN_TWICE):
+            entry = self._entry(follower, name)
+            if entry and entry.kind == "answer" and not entry.given:
+                self._remove_first(follower, name, entry)
+            elif entry and entry.kind == "pending":  # this was the whole answer
+                self._store.remove(follower, name)
 
     def clear(self, follower: str) -> None:
         """Drop the answers of a follower who has left, those too that are not here yet."""
-        for name, data in self._store.read(follower).items():
-            if (entry := Entry.from_bytes(data)).kind == "pending":
-                dropped = entry._replace(kind="dropped")
-                self._store.write(follower, name, dropped.to_bytes())
-            else:
-                self._store.remove(follower, name)
+        with self._errors.caught("answers are kept for a follower who has left"):
+            for name, entry in self._entries(follower).items():
+                if entry.kind == "pending":
+                    entry = entry._replace(kind="dropped")
+                    self._store.write(follower, name, entry.to_bytes())
+                else:
+                    self._store.remove(follower, name)
 
     def pending(self, follower: str, is_alive: Callable[[str], bool]) -> tuple[int, int]:
-        """Count the answers that are pending, and those that never come; forget the latter."""
+        """Count the answers that will come, and those that never do; forget the latter."""
         alive = dead = 0
-        for name, data in self._store.read(follower).items():
-            entry = Entry.from_bytes(data)
-            if entry.kind != "pending":
-                continue
-            if self._clock() - entry.seen < PENDING_FOR and is_alive(entry.owner):
-                alive += 1
-            else:
-                dead += 1
-                self._store.remove(follower, name)
+        with self._errors.caught(MAY_BE_LOST):
+            for name, entry in self._entries(follower).items():
+                if entry.kind != "pending":
+                    continue
+                if self._clock() - entry.seen < PENDING_FOR and is_alive(entry.owner):
+                    alive += 1
+                else:
+                    dead += 1
+                    self._store.remove(follower, name)
         return alive, dead
 
-    @contextlib.contextmanager
-    def next_part(self, follower: str) -> Iterator[bytes | None]:
-        """Yield the first part that another message may get; None: there is none.
+    def give_next(self, follower: str, give: Callable[[bytes], object]) -> bool:
+        """Give away the first part that is free; return whether there was one.
 
-        It is removed when the block succeeds. Nobody else gets it meanwhile.
+        It is removed when ``give`` has returned, and stays if ``give`` raises or the process dies.
+        Nobody else gets it meanwhile.
         """
-        entries = {k: Entry.from_bytes(v) for k, v in self._store.read(follower).items()}
-        now = self._clock()
-        free = [(e.seen, name) for name, e in entries.items() if e.parts and e.free_at <= now]
-        for _, name in sorted(free):
-            with self._store.lock(follower, name) as is_locked:
-                entry = self._entry(follower, name) if is_locked else None
-                if entry and entry.parts:  # else another thread or process was quicker
-                    yield entry.parts[0]
-                    self._remove_first(follower, name, entry)
+        given = False
+        with self._errors.caught(MAY_BE_GIVEN_TWICE):
+            now, entries = self._clock(), self._entries(follower)
+            free = [(e.seen, name) for name, e in entries.items() if e.parts and e.free_at <= now]
+            for _, name in sorted(free):
+                with self._store.lock(follower, name) as is_locked:
+                    entry = self._entry(follower, name) if is_locked else None
+                    if entry and entry.parts:  # else another thread or process was quicker
+                        give(entry.parts[0])
+                        given = True
+                        self._remove_first(follower, name, entry)
+                        break
+        return given
+
+    def push_later(self, follower: str, message: dict[str, Any], free_at: float) -> None:
+        """Push what waits for the follower of a message, soon after ``free_at``."""
+        if self._push:
+            delay = max(free_at - self._clock(), 0.0) + PUSH_DELAY
+            timer = threading.Timer(delay, self._push_parts, (follower, message, self._push))
+            with contextlib.suppress(RuntimeError):  # too many threads: they wait for a message
+                timer.start()
+
+    def _push_parts(
+        self, follower: str, message: dict[str, Any], push: Callable[[str, bytes], object]
+    ) -> None:
+        """Push as many parts as WeChat takes; the others wait for the next message."""
+        try:
+            for _ in range(max_pushes(message)):
+                if not self.give_next(follower, partial(push, message["FromUserName"])):
                     return
-        yield None
+        except Exception as error:  # noqa: BLE001  whatever push raises, its part stays
+            log.error("a late answer waits for the follower's next message: %s", error)
+
+    def _entries(self, follower: str) -> dict[str, Entry]:
+        return {name: Entry.from_bytes(e) for name, e in self._store.read(follower).items()}
 
     def _entry(self, follower: str, name: str) -> Entry | None:
-        data = self._store.read(follower).get(name)
-        return None if data is None else Entry.from_bytes(data)
+        return self._entries(follower).get(name)
 
     def _remove_first(self, follower: str, name: str, entry: Entry) -> None:
         if rest := entry.parts[1:]:
@@ -175,6 +221,29 @@ class LateAnswers:
             self._store.write(follower, name, left.to_bytes())
         else:
             self._store.remove(follower, name)
+
+
+def max_pushes(message: dict[str, Any]) -> int:
+    """Return how many 客服消息 WeChat takes after a message or an event."""
+    return 3 if message.get("MsgType") == "event" else 5
+
+
+class NothingLate:
+    """A ``LateStore`` that keeps nothing, for those who want late answers to be dropped."""
+
+    def read(self, _follower: str) -> dict[str, bytes]:
+        """Return no entries."""
+        return {}
+
+    def write(self, _follower: str, _name: str, _entry: bytes, replace: bool = True) -> None:
+        """Do nothing."""
+
+    def remove(self, _follower: str, _name: str) -> None:
+        """Do nothing."""
+
+    def lock(self, _follower: str, _name: str) -> AbstractContextManager[bool]:
+        """Lock nothing."""
+        return contextlib.nullcontext(False)
 
 
 class LateFiles:

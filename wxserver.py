@@ -284,13 +284,14 @@ def _write(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
+    import reply_answers
     import reply_late
     import reply_once
 
     def write(message: Message, reply: Reply, late: bool) -> list[bytes]:
         pushed = 0
         if config.late == "push":  # a late answer is pushed with its first part
-            pushed = reply_once.max_pushes(message) - late
+            pushed = reply_late.max_pushes(message) - late
         signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
         reply = wxmessage.first_article(reply) if late else reply
         return _write(message, reply, clock(), signs if config.late != "drop" else ())
@@ -305,7 +306,7 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
         def push(openid: str, xml: bytes) -> None:
             api.send(openid, wxmessage.from_xml(xml))
 
-    answers: reply_once.Answers
+    answers: reply_answers.Answers
     store: reply_late.LateStore
     if config.redis:
         import redis_store
@@ -316,15 +317,10 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
 
         answers = reply_journal.Journal((config.runtime_dir or config.state_dir) / "replies")
         store = reply_late.LateFiles(config.state_dir / "late")
-    return reply_once.ReplyOnce(
-        answers,
-        None if config.late == "drop" else reply_late.LateAnswers(store, clock),
-        write,
-        config.late_text,
-        push=push,
-        typing=typing,
-        clock=clock,
-    )
+    if config.late == "drop":
+        store = reply_late.NothingLate()
+    late = reply_late.LateAnswers(store, push, clock)
+    return reply_once.ReplyOnce(answers, late, write, config.late_text, typing=typing, clock=clock)
 
 
 def _envelope(encrypt: str, token: str, nonce: str, now: float) -> bytes:

@@ -24,7 +24,7 @@ from serving import until
 import reply_late
 import reply_once
 from reply_journal import Journal
-from reply_late import LateAnswers, LateFiles
+from reply_late import LateAnswers, LateFiles, NothingLate
 from reply_once import ReplyOnce
 from wxmessage import from_xml
 
@@ -67,9 +67,10 @@ def write(message: Message, reply: Any, late: bool) -> list[bytes]:
 
 
 def once_with(journal: Journal, folder: Path, **more: Any) -> ReplyOnce:
-    late = LateAnswers(LateFiles(folder / "late"))
     settings = {"timeout": PATIENCE, **more}
-    return ReplyOnce(journal, settings.pop("late", late), write, WAIT.decode(), **settings)
+    store = settings.pop("store", None) or LateFiles(folder / "late")
+    late = LateAnswers(store, settings.pop("push", None))
+    return ReplyOnce(journal, late, write, WAIT.decode(), **settings)
 
 
 def make(folder: Path, **more: Any) -> ReplyOnce:
@@ -265,7 +266,7 @@ def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> N
 
 
 def test_dropped_is_dropped(folder: Path) -> None:
-    once, bot = make(folder, late=None), Counted(b"late", seconds=4 * PATIENCE)
+    once, bot = make(folder, store=NothingLate()), Counted(b"late", seconds=4 * PATIENCE)
     assert send(once, message(1), bot)[-1] == WAIT
     assert once.answer(message(2), Counted(b"other")) == b"other"
 

@@ -5,7 +5,6 @@ Machines are processes and objects that share nothing but the store: one state_d
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -22,9 +21,10 @@ from test_reply_once import PATIENCE, WAIT, Counted, event, message, send, write
 
 import redis_store
 import token_store
+from reply_answers import Answers
 from reply_journal import Journal
 from reply_late import LateAnswers, LateFiles, LateStore
-from reply_once import Answers, ReplyOnce
+from reply_once import ReplyOnce
 from token_store import TokenError, TokenStore
 from wxconfig import Config
 from wxsim_api import FakeApi
@@ -456,32 +456,33 @@ def test_late_answers_come_in_order_for_their_follower_alone(shared: Shared) -> 
     one.put(WHO, "2", [b"c", b"d"], seen=2.0, free_at=0.0)
     one.put(WHO, "1", [b"a\n\xff", b"b"], seen=1.0, free_at=0.0)
     one.put(WHO, "0", [b"not yet"], seen=0.0, free_at=time.time() + 60)
-    with other.next_part(f"{WHO}2") as part:
-        assert part is None
-    given: list[bytes | None] = []
-    for late in (one, other, one, other, one):
-        with late.next_part(WHO) as part:
-            given.append(part)
-    assert given == [b"a\n\xff", b"b", b"c", b"d", None]
+    given: list[bytes] = []
+    assert not other.give_next(f"{WHO}2", given.append)
+    assert [late.give_next(WHO, given.append) for late in (one, other) * 3] == [True] * 4 + [
+        False
+    ] * 2
+    assert given == [b"a\n\xff", b"b", b"c", b"d"]
 
 
 def test_a_part_that_is_being_given_is_nobody_elses_and_stays_if_it_fails(shared: Shared) -> None:
     one, other = shared.late(), shared.late()
     one.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
-    with contextlib.suppress(RuntimeError), one.next_part(WHO) as part:
+
+    def fail(part: bytes) -> None:
         assert part == b"part"
-        with other.next_part(WHO) as second:
-            assert second is None
+        assert not other.give_next(WHO, fail)
         raise RuntimeError("errcode 48001")
-    with other.next_part(WHO) as part:
-        assert part == b"part"
-    with one.next_part(WHO) as part:
-        assert part is None
+
+    with pytest.raises(RuntimeError):
+        one.give_next(WHO, fail)
+    given: list[bytes] = []
+    assert other.give_next(WHO, given.append)
+    assert not one.give_next(WHO, given.append)
+    assert given == [b"part"]
 
 
 GIVER = """
-with late.next_part("gh_1+alice") as part:
-    ready()
+late.give_next("gh_1+alice", lambda part: ready())
 """
 
 
@@ -489,15 +490,11 @@ def test_what_a_killed_process_was_giving_stays(shared: Shared, run: Run) -> Non
     mine = shared.late()
     mine.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
     giver = shared.process(run, GIVER)
-    with mine.next_part(WHO) as part:
-        assert part is None
+    given: list[bytes] = []
+    assert not mine.give_next(WHO, given.append)
     giver.kill()
-
-    def take() -> bytes | None:
-        with mine.next_part(WHO) as part:
-            return part
-
-    assert until(take) == b"part"
+    assert until(lambda: mine.give_next(WHO, given.append))
+    assert given == [b"part"]
 
 
 def test_a_follower_who_was_told_to_wait_and_writes_again_gets_the_answer_once(
