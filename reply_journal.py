@@ -86,8 +86,10 @@ class _File:
     def read(self) -> None:
         """Read what was appended since the last time."""
         with self._lock:
-            size = max(os.fstat(self.fd).st_size - self._read_to, 0)
-            data = os.pread(self.fd, size, self._read_to)
+            size = os.fstat(self.fd).st_size
+            if size < self._read_to:  # another program has cut the file short
+                self.messages, self._read_to = {}, 0
+            data = os.pread(self.fd, size - self._read_to, self._read_to)
             data = data[: data.rfind(_STX) + 1]  # the rest is being written
             for record in data.split(_NUL):
                 words = record[:-1].split(b" ", 2)

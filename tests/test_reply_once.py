@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -10,9 +11,10 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
@@ -297,6 +299,84 @@ def test_the_moment_of_the_last_word_and_of_the_answer_is_one_or_the_other(folde
 
         results = list(threads.map(follow, range(30)))
     assert set(results) <= {(b"answer", b"other", 1), (WAIT, b"answer", 1)}
+
+
+LOST = [set[int](), {1}, {2}, {3}, {1, 2}, {1, 3}, {2, 3}]
+MOMENTS = (0.5, 0.85, 0.95, 1.05, 1.5, 1.85, 1.95, 2.05, 2.5, 2.85, 2.95, 3.05, 3.15, 3.3, 4.0)
+
+
+def test_whichever_tries_are_lost_and_however_long_it_takes_the_answer_is_given_once(
+    folder: Path,
+) -> None:
+    """By a try while WeChat waits for it, or else with the follower's next message."""
+    timeout = 1.0
+    once, began = make(folder, timeout=timeout), time.monotonic() + 0.5
+
+    def send_try(sent: Message, bot: Counted) -> bytes | None:
+        gone = Event()
+        answering = threads.submit(once.answer, sent, bot, gone.is_set)
+        try:
+            return answering.result(timeout)
+        except futures.TimeoutError:  # WeChat hangs up
+            gone.set()
+            return None
+
+    def follow(lost: set[int], moment: float) -> list[bytes]:
+        follower = f"{moment}-{lost}".encode().hex()
+        bot = Counted(b"answer", seconds=moment * timeout)
+        sent, shown = message(1, follower), list[bytes]()
+        for number in (1, 2, 3):
+            time.sleep(max(began + (number - 1) * timeout - time.monotonic(), 0))
+            if number not in lost and (answer := send_try(sent, bot)) is not None:
+                shown.append(answer)
+                break
+        time.sleep(began + 7 * timeout - time.monotonic())
+        for number in (2, 3):
+            if answer := send_try(message(number, follower), Counted(b"other")):
+                shown.append(answer)
+        assert bot.runs == 1
+        return shown
+
+    with ThreadPoolExecutor(500) as threads:
+        cases = [(lost, moment) for lost in LOST for moment in MOMENTS]
+        results = [threads.submit(follow, *case) for case in cases]
+        for case, result in zip(cases, results, strict=True):
+            shown = result.result()
+            assert shown.count(b"answer") == 1, (case, shown)
+            told = [WAIT] if WAIT in shown else []
+            late = [b"answer", b"other"]
+            assert shown in ([b"answer", b"other", b"other"], told + late), (case, shown)
+
+
+def test_the_try_that_comes_when_the_last_is_due_is_told_to_wait(folder: Path) -> None:
+    """The second one was lost, so this is the second that is seen."""
+    once, bot = make(folder), Counted(b"late", seconds=4 * PATIENCE)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(once.answer, message(1), bot)
+        time.sleep(2 * PATIENCE)
+        assert once.answer(message(1), bot) == WAIT
+    assert once.answer(message(2), Counted(b"other")) == b"late"
+
+
+def test_an_answer_for_which_a_try_may_still_come_is_no_other_messages(folder: Path) -> None:
+    once, bot = make(folder), Counted(b"answer", seconds=1.2 * PATIENCE)
+    assert once.answer(message(1), bot) is None
+    assert once.answer(message(2), Counted(b"other")) == b"other"
+    assert once.answer(message(1), bot) == b"answer"
+    assert files(folder / "late") == set()
+
+
+def test_a_try_whose_client_has_gone_takes_no_answer(folder: Path) -> None:
+    once, bot, gone = make(folder), Counted(b"answer"), Event()
+
+    def run() -> list[bytes]:
+        gone.set()
+        return bot()
+
+    assert once.answer(message(1), run, gone.is_set) is None
+    assert once.answer(message(1), bot, lambda: True) is None
+    assert once.answer(message(1), bot) == b"answer"
+    assert bot.runs == 1
 
 
 OWNER = """
@@ -769,6 +849,117 @@ def test_a_full_disk_is_answered_without_the_guarantee(
     assert "would run reply() again" in caplog.text
     assert once.answer(message(50), bot) == once.answer(message(50), bot) == b"x" * 100
     assert bot.runs == 5
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: what is over fails as on a full disk."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_disk_that_its_own_files_filled_heals_without_a_restart(folder: Path) -> None:
+    once, bot, numbers = once_with(Journal(folder, remember=0.4), folder), Counted(b"a"), count(2)
+    once.answer(message(1), Counted(b"x" * 1000))
+    with full_disk((folder / "journal.1").stat().st_size):
+        once.answer(message(2), bot)
+        assert bot.runs == 1
+
+        def is_remembered() -> bool:
+            runs, sent = bot.runs, message(next(numbers))
+            assert [once.answer(sent, bot) for _ in range(3)] == [b"a"] * 3
+            return bot.runs == runs + 1
+
+        until(is_remembered)
+
+
+def test_a_failed_write_of_an_answer_touches_its_message_alone(folder: Path) -> None:
+    once, other, go_on = make(folder, timeout=5.0), make(folder, timeout=0.1), Event()
+    failed, running, again = Counted(b"failed"), Event(), Counted(b"again")
+
+    def long() -> list[bytes]:
+        running.set()
+        assert go_on.wait(10)
+        return [b"long"]
+
+    def fail() -> list[bytes]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        return failed()
+
+    with ThreadPoolExecutor() as threads:
+        answering = threads.submit(once.answer, message(1), long)
+        assert running.wait(10)
+        with full_disk(10_000):
+            assert once.answer(message(2), fail) == b"failed"
+        assert other.answer(message(1), again) is None  # its owner is alive
+        assert once.answer(message(2), again) == b"failed"
+        go_on.set()
+        assert answering.result() == b"long"
+    assert again.runs == 0
+
+
+def test_a_process_whose_file_was_removed_gets_another_one_with_its_next_message(
+    folder: Path,
+) -> None:
+    once, other, again = make(folder, timeout=5.0), make(folder, timeout=0.1), Counted(b"again")
+    once.answer(message(1), Counted(b"a"))
+    for path in folder.glob("process.*"):
+        path.unlink()
+
+    def run() -> list[bytes]:
+        assert other.answer(message(2), again) is None
+        return [b"answer"]
+
+    assert once.answer(message(2), run) == b"answer"
+    assert again.runs == 0
+
+
+def test_a_journal_that_was_removed_or_cut_short_heals(folder: Path) -> None:
+    once, bot, numbers = once_with(Journal(folder, remember=0.4), folder), Counted(b"a"), count(9)
+
+    def is_remembered() -> bool:
+        runs, sent = bot.runs, message(next(numbers))
+        assert [once.answer(sent, bot), make(folder).answer(sent, bot)] == [b"a"] * 2
+        return bot.runs == runs + 1
+
+    for harm in (Path.unlink, lambda path: os.truncate(path, 10)):
+        assert until(is_remembered)
+        for path in folder.glob("journal.*"):
+            harm(path)
+        until(is_remembered)
+
+
+QUEUES = """
+import os, sys, signal
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from reply_journal import Journal
+from test_reply_once import make, message
+once = make(Path(sys.argv[1]), timeout=5)
+save = once._answers.save
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+once._answers.save = die
+once.answer(message(), lambda: [b"answer", b"more"])
+"""
+
+
+def test_an_answer_that_was_kept_by_a_worker_that_was_killed_is_given_and_not_run_again(
+    folder: Path, run: Run
+) -> None:
+    owner, again = run("-c", QUEUES, str(folder), str(ROOT / "tests")), Counted(b"again")
+    owner.communicate()
+    once = make(folder, timeout=5.0)
+    assert once.answer(message(), again) == b"answer"
+    assert once.answer(message(2), again) == b"more"
+    assert again.runs == 0
 
 
 def test_files_are_private_and_small(folder: Path) -> None:

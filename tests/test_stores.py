@@ -409,12 +409,12 @@ def test_a_late_answer_is_picked_up_from_another_machine(shared: Shared) -> None
 def test_an_answer_whose_rest_cannot_be_kept_is_there_for_the_other_tries(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def put(*_: object) -> None:
+    def write(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    full, bot = shared.late(), Counted(b"1", b"2")
-    monkeypatch.setattr(full, "put", put)
-    once = shared.once(late=full)
+    full, bot = late_store(shared.config(), shared.folder), Counted(b"1", b"2")
+    monkeypatch.setattr(full, "write", write)
+    once = shared.once(late=LateAnswers(full))
     assert once.answer(message(), bot) == shared.once().answer(message(), bot) == b"1"
     assert bot.runs == 1
 
