@@ -26,16 +26,18 @@ import fcntl
 import itertools
 import math
 import os
+import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from reply_answers import REMEMBER, State
+from reply_late import locked_file
 
 _NUL, _STX = b"\0", b"\2"
+_NUMBER = re.compile(rb"[0-9]+\.[0-9]+")
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -102,8 +104,8 @@ class _File:
     def _take(self, kind: bytes, name: bytes, rest: bytes, end: int) -> None:
         message = self.messages.get(name)
         if kind == b"?":
-            if not message and not self.is_ended:
-                owner, _, seen = rest.partition(b" ")
+            owner, _, seen = rest.partition(b" ")
+            if not message and not self.is_ended and _NUMBER.fullmatch(seen):
                 message = self.messages[name] = _Message(owner, float(seen))
             if message:
                 message.tries += 1
@@ -125,15 +127,12 @@ class Journal:
     Args:
         folder: for the files; on a local disk, better in memory.
         remember: seconds that a message is remembered at least; shorter in tests.
-        clock: Unix time in seconds.
     """
 
     poll = 0.03
 
-    def __init__(
-        self, folder: Path, remember: float = REMEMBER, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._folder, self._remember, self._clock = str(folder), remember, clock
+    def __init__(self, folder: Path, remember: float = REMEMBER) -> None:
+        self._folder, self._remember = str(folder), remember
         self._runs = itertools.count()
         self._own: dict[bytes, int] = {}  # this process's names, the newest last, and their flocks
         self._reset()
@@ -152,7 +151,7 @@ class Journal:
         while True:
             files = self._files or self._open_files()
             file = next((file for file in files if key in file.messages), files[-1])
-            file.add(b"?", key, b"%b %.3f" % (owner, self._clock()))
+            file.add(b"?", key, b"%b %.3f" % (owner, time.time()))
             if key in file.messages:
                 return self._state(file, key, owner)
             if not file.is_ended:
@@ -206,15 +205,10 @@ class Journal:
         if process in self._own:
             return True
         try:
-            fd = os.open(f"{self._folder}/{process.decode()}", _FLAGS)
-        except FileNotFoundError:
-            return False
+            with locked_file(f"{self._folder}/{process.decode()}") as is_locked:
+                return is_locked is False
         except OSError:  # too many open files, perhaps: look again later
             return True
-        try:
-            return not _lock(fd)
-        finally:
-            _unlock(fd)
 
     def after_fork(self) -> None:
         """Leave the parent's locks and name to the parent."""
@@ -235,7 +229,7 @@ class Journal:
             offset, length = message.answer
             answer = os.pread(file.fd, length, offset)
         mine = message.owner == heir and answer is None
-        age = max(self._clock() - message.seen, 0.0)
+        age = max(time.time() - message.seen, 0.0)
         owner = message.owner.decode()
         return State(message.tries, age, owner, mine, message.told_to_wait, answer)
 
@@ -244,16 +238,13 @@ class Journal:
         with self._lock:
             process, flock = next(reversed(self._own.items()), (b"", -1))
             if not process or not os.fstat(flock).st_nlink:  # its file was removed
-                process = self._register_process()
+                process = b"process.%d.%d" % (os.getpid(), time.time_ns())
+                os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                path = f"{self._folder}/{process.decode()}"
+                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                self._own[process] = fd
             return b"%b/%d" % (process, next(self._runs))
-
-    def _register_process(self) -> bytes:
-        name = f"process.{os.getpid()}.{time.time_ns()}"
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        fd = os.open(f"{self._folder}/{name}", _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        self._own[name.encode()] = fd
-        return name.encode()
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
@@ -316,36 +307,18 @@ class Journal:
     def _sweep(self) -> None:
         """Make the folder; remove the journals that are too old, and the files of the dead."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        before = self._clock() - self._remember
+        before = time.time() - self._remember
         for name in os.listdir(self._folder):
             path, (kind, _, number) = f"{self._folder}/{name}", name.partition(".")
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(OSError):  # another process was quicker, perhaps
                 if os.stat(path).st_mtime >= before:
                     continue
                 if kind == "journal" and number.isdecimal():
                     os.unlink(path)
                 elif kind == "process":
-                    fd = os.open(path, _FLAGS)
-                    try:
-                        if _lock(fd):
+                    with locked_file(path) as is_locked:
+                        if is_locked:
                             os.unlink(path)
-                    finally:
-                        _unlock(fd)
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock(fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
-    finally:
-        os.close(fd)
 
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()

@@ -156,19 +156,20 @@ class LateAnswers:
                 else:
                     self._store.remove(follower, name)
 
-    def pending(self, follower: str, is_alive: Callable[[str], bool]) -> tuple[int, int]:
-        """Count the answers that will come, and those that never do; forget the latter."""
-        alive = dead = 0
+    def count(self, follower: str, is_alive: Callable[[str], bool]) -> tuple[int, int, int]:
+        """Count the answers that are here, that will come, and that never will; forget the last."""
+        ready = alive = dead = 0
         with self._errors.caught(MAY_BE_LOST):
             for name, entry in self._entries(follower).items():
-                if entry.kind != "pending":
-                    continue
-                if self._clock() - entry.seen < PENDING_FOR and is_alive(entry.owner):
-                    alive += 1
-                else:
-                    dead += 1
-                    self._store.remove(follower, name)
-        return alive, dead
+                if entry.kind == "answer":
+                    ready += 1
+                elif entry.kind == "pending":
+                    if self._clock() - entry.seen < PENDING_FOR and is_alive(entry.owner):
+                        alive += 1
+                    else:
+                        dead += 1
+                        self._store.remove(follower, name)
+        return ready, alive, dead
 
     def give_next(self, follower: str, give: Callable[[bytes], object]) -> bool:
         """Give away the first part that is free; return whether there was one.
@@ -302,22 +303,8 @@ class LateFiles:
     @contextlib.contextmanager
     def lock(self, follower: str, name: str) -> Iterator[bool]:
         """Lock an entry until the block ends or the process dies; False: it is locked already."""
-        try:
-            fd = os.open(f"{self._folder}/{follower}/{name}", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            # If it was replaced meanwhile, this is the lock of a file that is gone.
-            yield bool(os.fstat(fd).st_nlink)
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
-            os.close(fd)
+        with locked_file(f"{self._folder}/{follower}/{name}") as is_locked:
+            yield bool(is_locked)
 
     def _sweep(self) -> None:
         self._sweep_at = time.monotonic() + SWEEP_INTERVAL
@@ -330,3 +317,27 @@ class LateFiles:
                         if os.stat(f"{folder}/{name}").st_mtime < before:
                             os.unlink(f"{folder}/{name}")
                     os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def locked_file(path: str) -> Iterator[bool | None]:
+    """Hold the flock of a file until the block ends or the process dies.
+
+    Yields False if another thread or process holds it, None if there is no such file.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Without a link it was removed or replaced meanwhile.
+            is_locked = True if os.fstat(fd).st_nlink else None
+        except BlockingIOError:
+            is_locked = False
+        yield is_locked
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
+        os.close(fd)

@@ -3,11 +3,11 @@
 WeChat sends a message up to three times, five seconds apart. Each of these tries may reach another
 thread, process or machine. The first one claims the message and runs ``reply()``; the others wait
 for the answer. If the owner process dies, one of them runs ``reply()`` again. An answer that no
-try can take any more is late: it waits in a queue for the follower's next message.
+try can take any more is late: it waits for the follower's next message.
 
-What the tries share is kept by ``Answers``, for seconds, and by ``Queue``, for two days:
-``reply_journal`` and ``reply_queue`` on one machine, ``redis_store`` on several. Source of the
-rules: the platform's 接收普通消息 (when it sends again, and how to tell messages apart).
+``reply_answers`` says what the tries share for seconds, ``reply_late`` what waits, for two days.
+Source of the rules: the platform's 接收普通消息 (when it sends again, and what tells
+messages apart).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ReplyOnce:
             client_gone: tells whether WeChat has hung up on this try.
         """
         follower, name = _names(message)
-        if message.get("Event") == "unsubscribe":
+        if (message.get("MsgType"), message.get("Event")) == ("event", "unsubscribe"):
             self._late.clear(follower)
         state = None
         with self._errors.caught("another try of this message would run reply() again"):
@@ -170,10 +170,10 @@ class ReplyOnce:
             given.append(self._finish(this, lambda _late: [part]))
 
         while not this.is_event:
-            if self._late.give_next(this.follower, give):
-                return given[0]
             # A follower who was told to wait and writes again asks for that answer.
-            alive, dead = self._late.pending(this.follower, self._answers.is_alive)
+            ready, alive, dead = self._late.count(this.follower, self._answers.is_alive)
+            if ready and self._late.give_next(this.follower, give):
+                return given[0]
             if has_waited and not alive and not dead:  # another message got the answer
                 return self._finish(this, lambda _late: [])
             if not alive:
