@@ -83,7 +83,7 @@ class Refused(Exception):
 
 
 class ClientGone(Refused):
-    """The client hung up while its request waited for a thread."""
+    """The client hung up: nobody reads what it is answered."""
 
 
 def create_application(
@@ -110,9 +110,6 @@ def create_application(
         status, headers, now = "200 OK", _TEXT, clock()
         try:
             method = _route(environ, config.path)
-            client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
-            if method == "POST" and client_gone():
-                raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
             query = _query(environ.get("QUERY_STRING", ""), method, cipher is not None)
             sealed = cipher if query.get("encrypt_type") == "aes" else None
             if method == "GET":
@@ -130,11 +127,16 @@ def create_application(
                     xml = _body(environ, config.max_body)
                 message = wxmessage.from_xml(xml)
                 wxmessage.check(message)
+                client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
+                if client_gone():
+                    raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
                 run = partial(_run, message, reply)
                 if once:
                     made = once.answer(message, run, client_gone)
                 else:
                     made = b"".join(_write(message, run(), clock()))
+                if made is None and client_gone():
+                    raise ClientGone(UNAVAILABLE, "the client hung up before its answer was there")
                 if made is None:
                     raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
                 headers, body = (_XML, made) if made else (_TEXT, b"success")  # no reply

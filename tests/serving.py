@@ -97,10 +97,11 @@ class Server:
             with error:
                 return error.code, error.read()
 
-    def raw(self, request: bytes) -> bytes:
+    def raw(self, request: bytes, half_close: bool = True) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
+            if half_close:  # to the server it looks as if the client had hung up
+                connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
