@@ -13,9 +13,10 @@ STX:
     /                   the end: a message that is not here yet is claimed in the next file
 
 What is no such record, as when the disk was full in the middle of one, is skipped. The files are
-journal.1, journal.2, …: the last one is written to, and whoever makes another one ends all those
-before it. An owner is PROCESS/N, the Nth run of ``reply()`` in a process. Each process holds the
-flock of a file of its own, process.PID.TIME, as long as it is alive.
+named by when they were begun, journal.MILLISECONDS. The last one is written to, and whoever begins
+another one ends all those before it. An owner is PROCESS/N, the Nth run of ``reply()`` in a
+process. Each process holds the flock of a file of its own, process.PID.TIME, as long as it is
+alive.
 """
 
 from __future__ import annotations
@@ -68,10 +69,6 @@ class _File:
     def is_ended(self) -> bool:
         return self.ended_at < math.inf
 
-    @property
-    def is_removed(self) -> bool:
-        return not os.fstat(self.fd).st_nlink
-
     def add(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
         """Append a record, then read it and all before it."""
         record = b"\0%b %b %b\2" % (kind, name, rest)
@@ -88,7 +85,10 @@ class _File:
     def read(self) -> None:
         """Read what was appended since the last time."""
         with self._lock:
-            size = os.fstat(self.fd).st_size
+            status = os.fstat(self.fd)
+            size = status.st_size
+            if not status.st_nlink:  # removed: other processes cannot know what is claimed here
+                self.ended_at = min(self.ended_at, time.monotonic())
             if size < self._read_to:  # another program has cut the file short
                 self.messages, self._read_to = {}, 0
             data = os.pread(self.fd, size - self._read_to, self._read_to)
@@ -261,18 +261,20 @@ class Journal:
             self._next_file_at = time.monotonic() + self._remember / 2
             with contextlib.suppress(OSError):
                 self._sweep()
-                number = max(self._numbers(), default=0)
-                if self._files[-1].path == self._path(number):  # no other process was quicker
-                    self._create(number + 1)
+                numbers = self._numbers()
+                if numbers and self._files[-1].path == self._path(
+                    numbers[-1]
+                ):  # no other process was quicker
+                    self._create(numbers)
                 self._open_files()
 
     def _open_files(self) -> list[_File]:
         """Open and read the files that are there, and end all but the last."""
         with self._lock:
-            known = {file.path: file for file in self._files if not file.is_removed}
+            known = {file.path: file for file in self._files if os.fstat(file.fd).st_nlink}
             while True:
                 self._sweep()
-                numbers = sorted(self._numbers())
+                numbers = self._numbers()
                 files = []
                 for path in map(self._path, numbers):
                     with contextlib.suppress(FileNotFoundError):  # another process removed it
@@ -283,7 +285,7 @@ class Journal:
                     files[-1].read()
                 if files and not files[-1].is_ended:
                     break
-                self._create(max(numbers, default=0) + 1)
+                self._create(numbers)
             now = time.monotonic()
             removed = [file for file in self._files if file not in files]
             for file in removed:
@@ -292,7 +294,8 @@ class Journal:
             self._next_file_at = now + self._remember / 2
             return self._files
 
-    def _create(self, number: int) -> None:
+    def _create(self, numbers: list[int]) -> None:
+        number = max([int(time.time() * 1000), *(number + 1 for number in numbers)])
         os.close(os.open(self._path(number), _FLAGS | os.O_CREAT, 0o600))
 
     def _path(self, number: int) -> str:
@@ -300,22 +303,24 @@ class Journal:
 
     def _numbers(self) -> list[int]:
         kinds = (name.partition(".") for name in os.listdir(self._folder))
-        return [
+        return sorted(
             int(number) for kind, _, number in kinds if kind == "journal" and number.isdecimal()
-        ]
+        )
 
     def _sweep(self) -> None:
         """Make the folder; remove the journals that are too old, and the files of the dead."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         before = time.time() - self._remember
+        numbers = self._numbers()
+        for number, following in itertools.pairwise(numbers):
+            # Its own times do not tell: they change with each try to write to a full disk.
+            if following < before * 1000:
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    os.unlink(self._path(number))
         for name in os.listdir(self._folder):
-            path, (kind, _, number) = f"{self._folder}/{name}", name.partition(".")
+            path = f"{self._folder}/{name}"
             with contextlib.suppress(OSError):  # another process was quicker, perhaps
-                if os.stat(path).st_mtime >= before:
-                    continue
-                if kind == "journal" and number.isdecimal():
-                    os.unlink(path)
-                elif kind == "process":
+                if name.startswith("process.") and os.stat(path).st_mtime < before:
                     with locked_file(path) as is_locked:
                         if is_locked:
                             os.unlink(path)

@@ -52,14 +52,15 @@ class Follower:
         ).encode()
         began = time.monotonic()
         for self.tries in range(1, TRIES + 1):
+            answer = b""
             with contextlib.suppress(asyncio.TimeoutError, OSError):
                 answer = await asyncio.wait_for(self._try(body), TIMEOUT)
-                if answer.startswith(b"HTTP/1.1 200 "):
-                    self.took.append(time.monotonic() - began)
-                    content = CONTENT.search(answer)
-                    return content[1].decode() if content else ""
-                # WeChat keeps its pace whatever a try is answered.
-                await asyncio.sleep(max(began + self.tries * TIMEOUT - time.monotonic(), 0))
+            if is_whole(answer):
+                self.took.append(time.monotonic() - began)
+                content = CONTENT.search(answer)
+                return content[1].decode() if content else ""
+            # WeChat keeps its pace whatever a try is answered.
+            await asyncio.sleep(max(began + self.tries * TIMEOUT - time.monotonic(), 0))
         return None
 
     async def _try(self, body: bytes) -> bytes:
@@ -73,6 +74,13 @@ class Follower:
             return await reader.read()
         finally:
             writer.close()
+
+
+def is_whole(answer: bytes) -> bool:
+    """Tell whether this is a whole 200: a worker may be killed while it sends one."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+    return head.startswith(b"HTTP/1.1 200 ") and length is not None and len(body) == int(length[1])
 
 
 async def crowd(port: int, count: int, rate: float) -> tuple[Counter[str], list[str]]:
