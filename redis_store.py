@@ -298,17 +298,15 @@ class RedisAnswers:
             fields, age = self._ask(name, ask.hsetnx(key, "told", 1).expire(key, int(REMEMBER)))
         return self._state(key, fields, age)
 
-    def save(self, name: str, answer: bytes) -> bool:
-        """Save the answer for the other tries; return whether the follower was told to wait."""
+    def save(self, name: str, answer: bytes) -> None:
+        """Save the answer for the other tries."""
         key = self._key(name)
         try:
             with self._pipeline(whole=True) as ask:  # an answer that is there was not told to wait
                 ask.hsetnx(key, "told", 0).expire(key, int(REMEMBER))
-                ask.hsetnx(key, "answer", answer)
-                *_, told = ask.hget(key, "told").execute()
+                ask.hsetnx(key, "answer", answer).execute()
         finally:
             self._redis.leave(key)
-        return bool(told == b"1")
 
     def is_alive(self, owner: str) -> bool:
         """Tell whether a message's lock is held."""

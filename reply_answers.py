@@ -59,8 +59,8 @@ class Answers(Protocol):
     def tell_to_wait(self, name: str) -> State:
         """Note that the follower was told to wait, unless the answer is there."""
 
-    def save(self, name: str, answer: bytes) -> bool:
-        """Save the answer for the other tries; return whether the follower was told to wait."""
+    def save(self, name: str, answer: bytes) -> None:
+        """Save the answer for the other tries."""
 
     def is_alive(self, owner: str) -> bool:
         """Tell whether the owner of a message can still answer it."""
@@ -104,7 +104,7 @@ class Waiters:
 
 
 class ErrorLog:
-    """Logs OSErrors in place of raising them, one in ``LOG_INTERVAL``.
+    """Logs OSErrors, one in ``LOG_INTERVAL``.
 
     Args:
         clock: Unix time in seconds.
@@ -113,12 +113,16 @@ class ErrorLog:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._next_at = clock, 0.0
 
+    def __call__(self, consequence: str, error: OSError) -> None:
+        """Log an error, and what it means for the message."""
+        if not 0 <= self._next_at - self._clock() <= LOG_INTERVAL:
+            self._next_at = self._clock() + LOG_INTERVAL
+            log.error("%s, and so may others: %s", consequence, error)
+
     @contextlib.contextmanager
     def caught(self, consequence: str) -> Iterator[None]:
-        """Log an OSError of the block, and what it means for the message."""
+        """Log an OSError of the block in place of raising it."""
         try:
             yield
         except OSError as error:
-            if not 0 <= self._next_at - self._clock() <= LOG_INTERVAL:
-                self._next_at = self._clock() + LOG_INTERVAL
-                log.error("%s, and so may others: %s", consequence, error)
+            self(consequence, error)

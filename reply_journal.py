@@ -37,7 +37,10 @@ from pathlib import Path
 from reply_answers import REMEMBER, State
 from reply_late import locked_file
 
-_NUL, _STX = b"\0", b"\2"
+PAGE = 4096  # bytes that are read at first; there are seldom more
+CHECK_INTERVAL = 1.0  # seconds
+
+_RECORD = re.compile(rb"\x00([?>!=/]) ([^ \x00\x02]*) ([^\x00\x02]*)\x02")
 _NUMBER = re.compile(rb"[0-9]+\.[0-9]+")
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -69,11 +72,15 @@ class _File:
     def is_ended(self) -> bool:
         return self.ended_at < math.inf
 
-    def add(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
-        """Append a record, then read it and all before it."""
+    def append(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
+        """Append a record."""
         record = b"\0%b %b %b\2" % (kind, name, rest)
         if os.write(self.fd, record) < len(record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def add(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
+        """Append a record, then read it and all before it."""
+        self.append(kind, name, rest)
         self.read()
 
     def end(self) -> None:
@@ -84,24 +91,26 @@ class _File:
 
     def read(self) -> None:
         """Read what was appended since the last time."""
-        with self._lock:
-            status = os.fstat(self.fd)
-            size = status.st_size
-            if not status.st_nlink:  # removed: other processes cannot know what is claimed here
-                self.ended_at = min(self.ended_at, time.monotonic())
-            if size < self._read_to:  # another program has cut the file short
-                self.messages, self._read_to = {}, 0
-            data = os.pread(self.fd, size - self._read_to, self._read_to)
-            data = data[: data.rfind(_STX) + 1]  # the rest is being written
-            for record in data.split(_NUL):
-                words = record[:-1].split(b" ", 2)
-                if len(words) == 3 and record.endswith(_STX):
-                    kind, name, rest = words
-                    self._take(kind, name, rest, self._read_to + len(record) - len(_STX))
-                self._read_to += len(record) + len(_NUL)
-            self._read_to -= len(_NUL)
+        while True:
+            start, size = self._read_to, PAGE
+            while len(data := os.pread(self.fd, size, start)) == size:
+                size *= 4
+            # No thread holds the lock during a system call: all others would wait for it, and for
+            # its turn in Python after that.
+            with self._lock:
+                if self._read_to == start:
+                    for record in _RECORD.finditer(data):
+                        self._take(record[1], record[2], record[3], start + record.start(3))
+                    self._read_to += data.rfind(b"\2") + 1  # what follows is being written
+                    return
 
-    def _take(self, kind: bytes, name: bytes, rest: bytes, end: int) -> None:
+    def check(self) -> None:
+        """End the file if it was removed or cut short: others may claim its messages elsewhere."""
+        status = os.fstat(self.fd)
+        if not status.st_nlink or status.st_size < self._read_to:
+            self.ended_at = min(self.ended_at, time.monotonic())
+
+    def _take(self, kind: bytes, name: bytes, rest: bytes, offset: int) -> None:
         message = self.messages.get(name)
         if kind == b"?":
             owner, _, seen = rest.partition(b" ")
@@ -113,7 +122,7 @@ class _File:
             self.ended_at = min(self.ended_at, time.monotonic())
         elif message and message.answer is None:
             if kind == b"=":
-                message.answer = (end - len(rest), len(rest))
+                message.answer = (offset, len(rest))
             elif kind == b"!":
                 message.told_to_wait = True
             elif kind == b">":
@@ -134,19 +143,20 @@ class Journal:
     def __init__(self, folder: Path, remember: float = REMEMBER) -> None:
         self._folder, self._remember = str(folder), remember
         self._runs = itertools.count()
-        self._own: dict[bytes, int] = {}  # this process's names, the newest last, and their flocks
+        self._locks: dict[bytes, int] = {}  # of this process's files, by their names
         self._reset()
         _journals.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._files: list[_File] = []  # all but the last are ended
-        self._next_file_at = math.inf  # by time.monotonic()
+        self._process = b""  # the name of its file
+        self._check_at = self._begin_at = 0.0  # by time.monotonic()
 
     def claim(self, name: str) -> State:
         """Count a try. The caller owns the message if nobody did or its owner process died."""
-        if time.monotonic() >= self._next_file_at:
-            self._begin_file()
+        if time.monotonic() >= self._check_at:
+            self._check()
         key, owner = name.encode(), self._new_owner()
         while True:
             files = self._files or self._open_files()
@@ -154,6 +164,7 @@ class Journal:
             file.add(b"?", key, b"%b %.3f" % (owner, time.time()))
             if key in file.messages:
                 return self._state(file, key, owner)
+            file.check()
             if not file.is_ended:
                 raise OSError(errno.EIO, "the journal was changed by another program")
             self._open_files()
@@ -186,23 +197,21 @@ class Journal:
         file.add(b"!", key)
         return self._state(file, key)
 
-    def save(self, name: str, answer: bytes) -> bool:
-        """Save the answer for the other tries; return whether the follower was told to wait."""
+    def save(self, name: str, answer: bytes) -> None:
+        """Save the answer for the other tries."""
         key = name.encode()
         if not (file := self._file_of(key)):  # reply() ran so long that no try will come
-            return False
-        message = file.messages[key]
+            return
         try:
-            file.add(b"=", key, answer)
+            file.append(b"=", key, answer)
         except OSError:
-            message.unsaved = answer  # for the tries that reach this process
+            file.messages[key].unsaved = answer  # for the tries that reach this process
             raise
-        return message.told_to_wait
 
     def is_alive(self, owner: str) -> bool:
         """Tell whether the owner's process is alive."""
         process = owner.encode().partition(b"/")[0]
-        if process in self._own:
+        if process in self._locks:
             return True
         try:
             with locked_file(f"{self._folder}/{process.decode()}") as is_locked:
@@ -212,9 +221,9 @@ class Journal:
 
     def after_fork(self) -> None:
         """Leave the parent's locks and name to the parent."""
-        for fd in self._own.values():
+        for fd in self._locks.values():
             os.close(fd)
-        self._own = {}
+        self._locks = {}
         self._reset()
 
     def _state(self, file: _File, key: bytes, heir: bytes = b"") -> State:
@@ -235,16 +244,19 @@ class Journal:
 
     def _new_owner(self) -> bytes:
         """Return a name for a run of ``reply()`` in this process."""
+        return b"%b/%d" % (self._process or self._register(), next(self._runs))
+
+    def _register(self) -> bytes:
+        """Make the file whose lock shows that this process is alive; return its name."""
         with self._lock:
-            process, flock = next(reversed(self._own.items()), (b"", -1))
-            if not process or not os.fstat(flock).st_nlink:  # its file was removed
-                process = b"process.%d.%d" % (os.getpid(), time.time_ns())
+            if not self._process:
+                name = f"process.{os.getpid()}.{time.time_ns()}"
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                path = f"{self._folder}/{process.decode()}"
-                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+                fd = os.open(f"{self._folder}/{name}", _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
                 fcntl.flock(fd, fcntl.LOCK_EX)
-                self._own[process] = fd
-            return b"%b/%d" % (process, next(self._runs))
+                self._process = name.encode()
+                self._locks[self._process] = fd
+            return self._process
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
@@ -252,20 +264,27 @@ class Journal:
                 return file
         return None
 
-    def _begin_file(self) -> None:
-        """Begin another file, so that old messages can be forgotten."""
+    def _check(self) -> None:
+        """See that this process's files are there; begin another file if it is time."""
         with self._lock:
-            if time.monotonic() < self._next_file_at:  # another thread was quicker
+            now = time.monotonic()
+            if now < self._check_at:  # another thread was quicker
                 return
             # If it fails, it is tried again later, and not for each message.
-            self._next_file_at = time.monotonic() + self._remember / 2
+            self._check_at = now + min(CHECK_INTERVAL, self._remember / 2)
+            if self._process and not os.fstat(self._locks[self._process]).st_nlink:
+                self._process = b""
+            if not self._files:
+                return
+            self._files[-1].check()
+            if now < self._begin_at:
+                return
+            self._begin_at = now + self._remember / 2
             with contextlib.suppress(OSError):
                 self._sweep()
                 numbers = self._numbers()
-                if numbers and self._files[-1].path == self._path(
-                    numbers[-1]
-                ):  # no other process was quicker
-                    self._create(numbers)
+                if self._files[-1].path in map(self._path, numbers[-1:]):
+                    self._create(numbers)  # else another process was quicker
                 self._open_files()
 
     def _open_files(self) -> list[_File]:
@@ -291,7 +310,7 @@ class Journal:
             for file in removed:
                 file.ended_at = min(file.ended_at, now)
             self._files = [file for file in removed + files if now - file.ended_at < self._remember]
-            self._next_file_at = now + self._remember / 2
+            self._begin_at = now + self._remember / 2
             return self._files
 
     def _create(self, numbers: list[int]) -> None:

@@ -19,9 +19,11 @@ import contextlib
 import fcntl
 import itertools
 import logging
+import mmap
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -33,6 +35,7 @@ from reply_answers import ErrorLog
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account write to a follower
 PENDING_FOR = 3600.0  # seconds that a follower's next message waits for a pending answer at most
 SWEEP_INTERVAL = 600.0  # seconds
+MARKS = 65536  # as many followers are told apart by the marks
 PUSH_DELAY = 1.0  # seconds, so that what is pushed comes after the answer itself
 MAY_BE_LOST = "a late answer may be lost"
 MAY_BE_GIVEN_TWICE = "a late answer may be given twice"
@@ -102,11 +105,11 @@ class LateAnswers:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._push, self._clock = store, push, clock
-        self._errors = ErrorLog(clock)
+        self._log = ErrorLog(clock)
 
     def put_pending(self, follower: str, name: str, owner: str) -> None:
         """Note that the follower was told to wait, unless the answer is here already."""
-        with self._errors.caught(MAY_BE_LOST):
+        with self._log.caught(MAY_BE_LOST):
             entry = Entry("pending", owner, self._clock())
             self._store.write(follower, name, entry.to_bytes(), replace=False)
 
@@ -118,7 +121,7 @@ class LateAnswers:
         Another message gets it from ``free_at`` on; at once, if it was pending. If the follower has
         left meanwhile, it is dropped.
         """
-        with self._errors.caught(MAY_BE_LOST):
+        with self._log.caught(MAY_BE_LOST):
             before = self._entry(follower, name)
             kind = before.kind if before else ""
             if kind == "dropped":
@@ -133,13 +136,13 @@ class LateAnswers:
     def find(self, follower: str, name: str) -> list[bytes]:
         """Return the answer of a message if none of it was given yet, else an empty list."""
         entry = None
-        with self._errors.caught("reply() may run twice"):
+        with self._log.caught("reply() may run twice"):
             entry = self._entry(follower, name)
         return list(entry.parts) if entry and not entry.given else []
 
     def give_first(self, follower: str, name: str) -> None:
         """Remove the first part, since a try gets it; other messages get the rest from now on."""
-        with self._errors.caught(MAY_BE_GIVEN_TWICE):
+        with self._log.caught(MAY_BE_GIVEN_TWICE):
             entry = self._entry(follower, name)
             if entry and entry.kind == "answer" and not entry.given:
                 self._remove_first(follower, name, entry)
@@ -148,7 +151,7 @@ class LateAnswers:
 
     def clear(self, follower: str) -> None:
         """Drop the answers of a follower who has left, those too that are not here yet."""
-        with self._errors.caught("answers are kept for a follower who has left"):
+        with self._log.caught("answers are kept for a follower who has left"):
             for name, entry in self._entries(follower).items():
                 if entry.kind == "pending":
                     entry = entry._replace(kind="dropped")
@@ -159,7 +162,7 @@ class LateAnswers:
     def count(self, follower: str, is_alive: Callable[[str], bool]) -> tuple[int, int, int]:
         """Count the answers that are here, that will come, and that never will; forget the last."""
         ready = alive = dead = 0
-        with self._errors.caught(MAY_BE_LOST):
+        try:
             for name, entry in self._entries(follower).items():
                 if entry.kind == "answer":
                     ready += 1
@@ -169,6 +172,8 @@ class LateAnswers:
                     else:
                         dead += 1
                         self._store.remove(follower, name)
+        except OSError as error:
+            self._log(MAY_BE_LOST, error)
         return ready, alive, dead
 
     def give_next(self, follower: str, give: Callable[[bytes], object]) -> bool:
@@ -178,7 +183,7 @@ class LateAnswers:
         Nobody else gets it meanwhile.
         """
         given = False
-        with self._errors.caught(MAY_BE_GIVEN_TWICE):
+        with self._log.caught(MAY_BE_GIVEN_TWICE):
             now, entries = self._clock(), self._entries(follower)
             free = [(e.seen, name) for name, e in entries.items() if e.parts and e.free_at <= now]
             for _, name in sorted(free):
@@ -250,7 +255,9 @@ class NothingLate:
 class LateFiles:
     """Late answers in files: a folder for each follower, in it a file for each message.
 
-    A file is written beside its place and renamed, so it is always whole.
+    A file is written beside its place and renamed, so it is always whole. Nearly all followers have
+    none. To know that without a system call, which costs a process with many threads a lot, all
+    processes share memory with a mark for each follower who may have one: the file .marks.
 
     Args:
         folder: for the folders; on a local disk, not in memory: it has to survive a reboot.
@@ -259,11 +266,14 @@ class LateFiles:
     def __init__(self, folder: Path) -> None:
         self._folder, self._sweep_at = str(folder), 0.0
         self._writes = itertools.count()
+        self._marks: mmap.mmap | None = None  # None: look into the folders
 
     def read(self, follower: str) -> dict[str, bytes]:
         """Return the entries of a follower."""
         if time.monotonic() > self._sweep_at:
             self._sweep()
+        if self._marks and not self._marks[_mark(follower)]:
+            return {}
         entries = {}
         folder = f"{self._folder}/{follower}"
         with contextlib.suppress(FileNotFoundError):
@@ -289,6 +299,8 @@ class LateFiles:
                 file.write(entry)
             with contextlib.suppress(FileExistsError):
                 (os.replace if replace else os.link)(new, f"{folder}/{name}")
+            if self._marks:
+                self._marks[_mark(follower)] = 1
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(new)
@@ -307,16 +319,36 @@ class LateFiles:
             yield bool(is_locked)
 
     def _sweep(self) -> None:
+        """Remove what is older than ``KEEP_LATE``, and mark who has entries."""
         self._sweep_at = time.monotonic() + SWEEP_INTERVAL
         before = time.time() - KEEP_LATE
-        with contextlib.suppress(FileNotFoundError):
-            for follower in os.listdir(self._folder):
-                folder = f"{self._folder}/{follower}"
-                with contextlib.suppress(OSError):  # another process was quicker
-                    for name in os.listdir(folder):
-                        if os.stat(f"{folder}/{name}").st_mtime < before:
-                            os.unlink(f"{folder}/{name}")
-                    os.rmdir(folder)
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        self._marks = self._map_marks()
+        for follower in os.listdir(self._folder):
+            folder = f"{self._folder}/{follower}"
+            if self._marks:
+                self._marks[_mark(follower)] = 1
+            with contextlib.suppress(OSError):  # another process was quicker, or it is no folder
+                for name in os.listdir(folder):
+                    if os.stat(f"{folder}/{name}").st_mtime < before:
+                        os.unlink(f"{folder}/{name}")
+                os.rmdir(folder)
+
+    def _map_marks(self) -> mmap.mmap | None:
+        """Map the marks, with none set: whoever writes an entry sets its mark after that."""
+        with contextlib.suppress(OSError):  # a full disk
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(f"{self._folder}/.marks", flags, 0o600)
+            try:
+                os.pwrite(fd, bytes(MARKS), 0)  # so that it has its room on the disk
+                return mmap.mmap(fd, MARKS)
+            finally:
+                os.close(fd)
+        return None
+
+
+def _mark(follower: str) -> int:
+    return zlib.crc32(follower.encode()) % MARKS
 
 
 @contextlib.contextmanager

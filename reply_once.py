@@ -17,10 +17,9 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from reply_answers import Answers, ErrorLog, State, Waiters
 from reply_late import LateAnswers
@@ -39,8 +38,7 @@ WINDOW = 3.2  # after the first try no other can still be waiting
 _SAFE_NAME = re.compile("[A-Za-z0-9_+-]{1,120}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Try:
+class _Try(NamedTuple):
     """One request of WeChat's for a message."""
 
     message: Message
@@ -94,7 +92,7 @@ class ReplyOnce:
         self._answers, self._late, self._write = answers, late, write
         self._wait_notice, self._typing = wait_notice, typing
         self._timeout, self._clock = timeout, clock
-        self._waiters, self._errors = Waiters(answers), ErrorLog(clock)
+        self._waiters, self._log = Waiters(answers), ErrorLog(clock)
 
     def answer(
         self,
@@ -115,10 +113,10 @@ class ReplyOnce:
         follower, name = _names(message)
         if (message.get("MsgType"), message.get("Event")) == ("event", "unsubscribe"):
             self._late.clear(follower)
-        state = None
-        with self._errors.caught("another try of this message would run reply() again"):
+        try:
             state = self._answers.claim(name)
-        if not state:
+        except OSError as error:
+            self._log("another try of this message would run reply() again", error)
             return _first(self._write(message, run(), False))
         now = time.monotonic()
         first, seen = now - state.age, self._clock() - state.age
@@ -151,12 +149,12 @@ class ReplyOnce:
             if left <= 0:
                 return self._tell_to_wait(this, state) if this.is_last else None
             state = state._replace(mine=False)
-            with self._errors.caught("a try waits for an answer that cannot be read"):
+            with self._log.caught("a try waits for an answer that cannot be read"):
                 self._waiters.wait(this.name, min(left, self._timeout / 5))
                 state = self._answers.look(this.name)
 
     def _run_beside(self, this: _Try) -> bool:
-        unheard = replace(this, client_gone=lambda: True)
+        unheard = this._replace(client_gone=lambda: True)
         return _start(Thread(target=self._run, args=(unheard,), kwargs={"inherited": True}))
 
     def _run(self, this: _Try, inherited: bool = False) -> bytes | None:
@@ -195,8 +193,12 @@ class ReplyOnce:
         free_at, told_to_wait = this.seen + WINDOW * self._timeout, False
         if not heard or len(parts) > 1:
             self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
-        with self._errors.caught("another try of this message may get no answer"):
-            told_to_wait = self._answers.save(this.name, _first(parts))
+        try:
+            self._answers.save(this.name, _first(parts))
+            if time.monotonic() > this.first_at + ANSWER_WITHIN * self._timeout:  # not before
+                told_to_wait = self._answers.look(this.name).told_to_wait
+        except OSError as error:
+            self._log("another try of this message may get no answer", error)
         self._waiters.wake(this.name)
         if told_to_wait:  # by a try that came later: WeChat has given up this one
             heard, free_at = False, 0.0
@@ -215,7 +217,7 @@ class ReplyOnce:
     def _tell_to_wait(self, this: _Try, state: State) -> bytes | None:
         """Tell the follower to wait, unless the answer comes at this very moment."""
         self._late.put_pending(this.follower, this.name, state.owner)
-        with self._errors.caught("a late answer may be lost"):
+        with self._log.caught("a late answer may be lost"):
             state = self._answers.tell_to_wait(this.name)
         if state.answer is None or state.told_to_wait:
             return self._notice(this)

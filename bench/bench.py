@@ -57,7 +57,7 @@ EVENT = {
 }
 KEY, APPID = "A" * 43, "wxba5fad812f8e6fb9"
 ENCRYPTED, ONCE = "wxserver, encrypted", "wxserver, once"
-MSG_ID = b"24500000000000001"
+MSG_ID, FOLLOWER = b"24500000000000001", b"bXrbNODIiE3bGY"
 SHM = "/dev/shm"  # tmpfs
 CONNECTIONS = 16
 TURNS = 3  # of each server in a round: its ratio to another is taken within a second or two
@@ -87,8 +87,10 @@ def message(encrypted: bool = False) -> tuple[str, bytes]:
 
 
 def unique(request: bytes) -> bytes:
-    """Return the request with a MsgId that no other has."""
-    return request.replace(MSG_ID, b"%017d" % next(_msg_ids))
+    """Return the request with a MsgId and a follower that no other has."""
+    number = next(_msg_ids)
+    request = request.replace(MSG_ID, b"%017d" % number)
+    return request.replace(FOLLOWER, b"%014d" % (number % 10**14))
 
 
 @dataclass

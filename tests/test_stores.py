@@ -439,7 +439,8 @@ def test_the_wait_notice_or_the_answer_is_first_for_all_who_look(shared: Shared)
 
         def save() -> bool:
             barrier.wait()
-            return other.save(name, b"answer")
+            other.save(name, b"answer")
+            return other.look(name).told_to_wait
 
         with ThreadPoolExecutor(2) as pool:
             told, saved = pool.submit(tell), pool.submit(save)
