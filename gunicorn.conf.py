@@ -10,10 +10,10 @@ from typing import Any
 
 # Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
 # on a database or another API. A slow reply holds two of them: one runs it, and one has WeChat's
-# next try, which waits for the answer. So 400 slow replies run at once, however they are spread
-# over the workers. A thread that is not in use costs nothing. A client that sends its request
-# slowly holds a thread as well. nginx waits for the whole request, so it stands in front, and
-# gunicorn listens on 127.0.0.1.
+# next try, which waits for the answer. With these, 400 slow replies at once are all answered. A
+# thread that was never needed is never started. A client that sends its request slowly holds a
+# thread as well. nginx waits for the whole request, so it stands in front, and gunicorn listens on
+# 127.0.0.1.
 if "WEB_CONCURRENCY" not in os.environ:
     workers = 2
 worker_class = "gthread"
