@@ -34,6 +34,7 @@ lint: install
 bench: install
 	$(bin)/python bench/bench.py
 	$(bin)/python bench/stores.py
+	$(bin)/python bench/followers.py
 
 soak: install
 	$(bin)/python bench/soak.py

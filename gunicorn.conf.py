@@ -9,14 +9,15 @@ import sys
 from typing import Any
 
 # Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
-# on a database or another API. A slow one holds two, one that runs it and one whose copy waits, and
-# with 60 of them at once, all at one worker, there is still one left for a fast one. A client that
-# sends its request slowly holds a thread as well, which is why nginx, who waits for the whole of
-# it, stands in front, and gunicorn listens on 127.0.0.1.
+# on a database or another API. A slow reply holds two of them: one runs it, and one has WeChat's
+# next try, which waits for the answer. With these, 400 slow replies at once are all answered. A
+# thread that was never needed is never started. A client that sends its request slowly holds a
+# thread as well. nginx waits for the whole request, so it stands in front, and gunicorn listens on
+# 127.0.0.1.
 if "WEB_CONCURRENCY" not in os.environ:
     workers = 2
 worker_class = "gthread"
-threads = 128
+threads = 512
 
 # Heartbeats are a file's timestamps; on a disk they can stall, and a stalled worker is killed.
 if os.path.isdir("/dev/shm"):

@@ -6,9 +6,10 @@ process lives, so that it is free seconds after its death. Every key has the App
 itself:
 
     wxserver:APPID:token             the state of the token, as in the file
-    wxserver:APPID:message:NAME      what is known of a message: copies, late, parts
-    wxserver:APPID:waiting:FOLLOWER  what waits for a follower, in order
-    ….lock                           the lock of each
+    wxserver:APPID:message:NAME      what is known of a message: tries, told, answer
+    wxserver:APPID:seen:NAME         set with its first try: what is left of its life tells the age
+    wxserver:APPID:late:FOLLOWER     the late answers of a follower, by message name
+    ….lock                           the lock of a token, message or follower
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import token_store
-from reply_once import KEEP, KEEP_LATE, Found, Parts
+from reply_answers import REMEMBER, State
+from reply_late import KEEP_LATE
 from token_store import LONGEST_WAIT, TokenStore
 from wxconfig import ConfigError
 
@@ -240,10 +242,10 @@ class RedisTokenStore(TokenStore):
 
 
 class RedisAnswers:
-    """Remembers answers for all machines; see ``reply_once.Answers``.
+    """Remembers messages for all machines; see ``reply_answers.Answers``.
 
-    A new message takes two questions, and its answer a third. The lock of a message is not undone:
-    there is no use for it when the answer is there.
+    A message takes two round trips, and its answer a third. The owner of a message has its lock,
+    which lasts a little longer than the answer is needed.
 
     Args:
         url: of Redis.
@@ -258,79 +260,74 @@ class RedisAnswers:
     def __init__(self, url: str, appid: str) -> None:
         self._redis, self._prefix = _Redis(url), f"wxserver:{appid}"
 
-    def come(self, name: str, who: str) -> Found:
-        """Count a copy, and make the message its own if it is nobody's or its owner has died."""
-        key = self._message(name)
+    def claim(self, name: str) -> State:
+        """Count a try. The caller owns the message if nobody did or its owner process died."""
+        key = self._key(name)
         mine = self._redis.lock(key) is not None
         with self._pipeline(key if mine else "") as ask:
-            ask.hincrby(key, "copies", 1).expire(key, int(KEEP)).exists(self._waiting(who))
-            _, _, waiting, fields = ask.hgetall(key).execute()
-        return self._found(key, fields, mine, bool(waiting))
+            ask.hincrby(key, "tries", 1).expire(key, int(REMEMBER))
+            fields, age = self._ask(name, ask)
+        return self._state(key, fields, age, mine)
 
-    def look(self, name: str) -> Found:
-        """Look again, and make the message the caller's if its owner has died."""
-        key = self._message(name)
+    def look(self, name: str) -> State:
+        """Look again. The caller owns the message if its owner process died without an answer."""
+        key = self._key(name)
         with self._pipeline() as ask:
-            fields, locked = ask.hgetall(key).exists(f"{key}.lock").execute()
-        mine = b"parts" not in fields and not locked and self._redis.lock(key) is not None
-        if mine:  # the answer may have come in between
+            fields, age = self._ask(name, ask.exists(f"{key}.lock"))
+        mine = b"answer" not in fields and not self.is_alive(key)
+        mine = mine and self._redis.lock(key) is not None
+        if mine:  # the answer may have come just before the lock was free
             with self._pipeline(key) as ask:
-                [fields] = ask.hgetall(key).execute()
-        return self._found(key, fields, mine)
+                fields, age = self._ask(name, ask)
+        return self._state(key, fields, age, mine)
 
-    def tell_late(self, name: str) -> Found:
-        """Note that the follower was told to wait, if the answer is not there yet."""
-        key = self._message(name)
+    def answered(self, names: list[str]) -> list[str]:
+        """Return those of the names that have an answer."""
+        # This process's own answers wake those who wait for them.
+        elsewhere = [name for name in names if self._key(name) not in self._redis._held]
         with self._pipeline() as ask:
-            ask.hsetnx(key, "late", 1).expire(key, int(KEEP_LATE))
-            *_, fields = ask.hgetall(key).execute()
-        return self._found(key, fields)
+            for name in elsewhere:
+                ask.hexists(self._key(name), "answer")
+            found = ask.execute()
+        return [name for name, is_answered in zip(elsewhere, found, strict=True) if is_answered]
 
-    def keep(self, name: str, parts: Parts) -> None:
-        """Leave the answer for the copies."""
-        key = self._message(name)
+    def tell_to_wait(self, name: str) -> State:
+        """Note that the follower was told to wait, unless the answer is there."""
+        key = self._key(name)
+        with self._pipeline() as ask:
+            fields, age = self._ask(name, ask.hsetnx(key, "told", 1).expire(key, int(REMEMBER)))
+        return self._state(key, fields, age)
+
+    def save(self, name: str, answer: bytes) -> None:
+        """Save the answer for the other tries."""
+        key = self._key(name)
         try:
-            with self._pipeline(whole=True) as ask:  # or an answer could be there and not first
-                ask.hsetnx(key, "late", 0).expire(key, int(KEEP))
-                ask.hsetnx(key, "parts", b"".join(part + b"\0" for part in parts)).execute()
+            with self._pipeline(whole=True) as ask:  # an answer that is there was not told to wait
+                ask.hsetnx(key, "told", 0).expire(key, int(REMEMBER))
+                ask.hsetnx(key, "answer", answer).execute()
         finally:
             self._redis.leave(key)
 
-    def put(self, who: str, order: str, part: bytes) -> None:
-        """Let a part wait for the follower, behind those of lesser ``order``."""
-        key = self._waiting(who)
-        with self._pipeline() as ask:  # one score for all, and Redis sorts them by their bytes
-            ask.zadd(key, {order.encode() + b"\0" + part: 0}).expire(key, int(KEEP_LATE)).execute()
+    def is_alive(self, owner: str) -> bool:
+        """Tell whether a message's lock is held."""
+        with self._redis.asked() as client:
+            return bool(client.exists(f"{owner}.lock"))
 
-    @contextlib.contextmanager
-    def waiting(self, who: str) -> Iterator[bytes | None]:
-        """Yield the first part that waits for the follower; it is gone when the block succeeds."""
-        key = self._waiting(who)
-        lock = self._redis.lock(key)
-        if not lock:
-            yield None
-            return
-        try:
-            with self._redis.asked() as client:
-                first = client.zrange(key, 0, 0)
-            yield first[0].partition(b"\0")[2] if first else None
-            if first:
-                with self._redis.asked() as client:
-                    client.zrem(key, first[0])
-        finally:
-            self._redis.unlock(key, lock)
-
-    def _message(self, name: str) -> str:
+    def _key(self, name: str) -> str:
         return f"{self._prefix}:message:{name}"
 
-    def _waiting(self, who: str) -> str:
-        return f"{self._prefix}:waiting:{who}"
+    def _ask(self, name: str, pipeline: Any) -> tuple[dict[bytes, bytes], float]:
+        """Run the pipeline; return the fields of the message, and its age in seconds."""
+        life, key = int(REMEMBER * 1000), f"{self._prefix}:seen:{name}"
+        pipeline.set(key, 1, px=life, nx=True).pttl(key)
+        *_, left, fields = pipeline.hgetall(self._key(name)).execute()
+        return fields, (life - left) / 1000
 
     @contextlib.contextmanager
     def _pipeline(self, locked: str = "", whole: bool = False) -> Iterator[Any]:
-        """Yield questions to ask in one go, ``whole`` with no other's in between.
+        """Yield commands to send in one go, ``whole`` with no other client's in between.
 
-        If they fail, ``locked`` is not kept so.
+        If they fail, the lock ``locked`` is left to end by itself.
         """
         try:
             with self._redis.asked() as client, client.pipeline(transaction=whole) as ask:
@@ -339,20 +336,59 @@ class RedisAnswers:
             self._redis.leave(locked)
             raise
 
-    def _found(
-        self, key: str, fields: dict[bytes, bytes], mine: bool = False, waiting: bool = False
-    ) -> Found:
-        parts = fields.get(b"parts")
-        if mine and parts is not None:
+    def _state(self, key: str, fields: dict[bytes, bytes], age: float, mine: bool = False) -> State:
+        answer = fields.get(b"answer")
+        if mine and answer is not None:
             self._redis.leave(key)
             mine = False
-        return Found(
-            int(fields.get(b"copies", 0)),
-            mine,
-            fields.get(b"late") == b"1",
-            None if parts is None else parts.split(b"\0")[:-1],
-            waiting,
-        )
+        tries, told = int(fields.get(b"tries", 0)), fields.get(b"told") == b"1"
+        return State(tries, age, key, mine, told, answer)
+
+
+class RedisLate:
+    """Keeps late answers for all machines; see ``reply_late.LateStore``.
+
+    A follower has a hash with a field for each message.
+
+    Args:
+        url: of Redis.
+        appid: the account's AppID.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+    """
+
+    def __init__(self, url: str, appid: str) -> None:
+        self._redis, self._prefix = _Redis(url), f"wxserver:{appid}:late"
+
+    def read(self, follower: str) -> dict[str, bytes]:
+        """Return the entries of a follower."""
+        with self._redis.asked() as client:
+            entries = client.hgetall(f"{self._prefix}:{follower}")
+        return {name.decode(): entry for name, entry in entries.items()}
+
+    def write(self, follower: str, name: str, entry: bytes, replace: bool = True) -> None:
+        """Write an entry; if it may not ``replace``, one that is there stays."""
+        key = f"{self._prefix}:{follower}"
+        with self._redis.asked() as client:
+            (client.hset if replace else client.hsetnx)(key, name, entry)
+            client.expire(key, int(KEEP_LATE))
+
+    def remove(self, follower: str, name: str) -> None:
+        """Remove an entry if it is there."""
+        with self._redis.asked() as client:
+            client.hdel(f"{self._prefix}:{follower}", name)
+
+    @contextlib.contextmanager
+    def lock(self, follower: str, name: str) -> Iterator[bool]:
+        """Lock an entry until the block ends or the process dies; False: it is locked already."""
+        key = f"{self._prefix}:{follower}:{name}"
+        lock = self._redis.lock(key)
+        try:
+            yield lock is not None
+        finally:
+            if lock:
+                self._redis.unlock(key, lock)
 
 
 def answers(config: Config) -> RedisAnswers:
@@ -362,6 +398,15 @@ def answers(config: Config) -> RedisAnswers:
         ConfigError: the URL cannot be used.
     """
     return RedisAnswers(config.redis, config.appid)
+
+
+def late(config: Config) -> RedisLate:
+    """Return where the account of config.ini keeps late answers.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+    """
+    return RedisLate(config.redis, config.appid)
 
 
 def check(config: Config) -> None:

@@ -1,22 +1,22 @@
-"""What ``reply_once`` remembers, on one machine: a journal that all processes append to and read.
+"""What ``reply_once`` remembers on one machine: a journal that all processes append to and read.
 
-A record is one write to a file opened with O_APPEND, which the kernel never mixes with another. So
-everybody reads the same records in the same order, and whose claim of a message is the first is its
-owner. That takes no lock, which a thread that waits for its turn in Python would keep from all
-other processes. A record begins with NUL and ends with STX; one that is torn is nobody's:
+A record is one write to a file opened with O_APPEND. The kernel never mixes two of them, so all
+processes read the same records in the same order, and no lock is needed. The first claim of a
+message is the one that counts. A record is NUL, its kind, two words with a space before each, and
+STX:
 
-    ? NAME OWNER       a copy of the message has come, and is its owner if it has none
-    > NAME OWNER DEAD  its owner was DEAD, and has died
-    + FOLLOWER         a part of an answer waits for the follower, in a folder of its own
-    / NEXT OWNER       the end: a message that is not here yet has its place in file NEXT
+    ? NAME OWNER SEEN   a try of the message was seen at SEEN (Unix time); OWNER, if nobody owned
+                        the message before, runs reply() for it
+    > NAME OWNER DEAD   OWNER runs it again, for DEAD, who owned the message, has died
+    ! NAME              the follower was told to wait, unless the answer stands before this
+    = NAME ANSWER       the answer: XML, which can hold no NUL and no STX; empty for silence
+    /                   the end: a message that is not here yet is claimed in the next file
 
-Beside it is a file of answers, which only they read who have another copy of a message:
-
-    = NAME PARTS       the answer, its parts divided by SOH
-    ! NAME             the follower was told to wait: an answer from here on is late
-
-XML can hold none of these three characters. An owner is a run of ``reply()`` in a process, and each
-process holds the flock of a file of its own as long as it lives.
+What is no such record, as when the disk was full in the middle of one, is skipped. The files are
+named by when they were begun, journal.MILLISECONDS. The last one is written to, and whoever begins
+another one ends all those before it. An owner is PROCESS/N, the Nth run of ``reply()`` in a
+process. Each process holds the flock of a file of its own, process.PID.TIME, as long as it is
+alive.
 """
 
 from __future__ import annotations
@@ -27,427 +27,322 @@ import fcntl
 import itertools
 import math
 import os
+import re
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from reply_once import KEEP, KEEP_LATE, Found, Parts
+from reply_answers import REMEMBER, State
+from reply_late import locked_file
 
-PAGE = 1024  # bytes that are read at first; there are seldom more
+PAGE = 4096  # bytes that are read at first; there are seldom more
+CHECK_INTERVAL = 1.0  # seconds
 
-# What nearly every message finds: it is new, and something waits for its follower, or nothing.
-_FIRST = (Found(1, mine=True), Found(1, mine=True, waiting=True))
-
+_RECORD = re.compile(rb"\x00([?>!=/]) ([^ \x00\x02]*) ([^\x00\x02]*)\x02")
+_NUMBER = re.compile(rb"[0-9]+\.[0-9]+")
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-class _Records:
-    """A file of records, and how far this process has read it."""
+@dataclass(slots=True)
+class _Message:
+    """What the records say of one message."""
 
-    def __init__(self, path: str, flags: int) -> None:
-        self._end, self._lock = 0, threading.Lock()
-        self._fd = _open(path, flags)
-        # When no thread needs it any more, but not at exit, under the threads that still run.
-        weakref.finalize(self, os.close, self._fd).atexit = False
-
-    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
-        """Remember what a record says."""
-        raise NotImplementedError
-
-    def append(self, kind: bytes, name: bytes, rest: bytes = b"") -> bytes:
-        record = b"\0%b %b %b\2" % (kind, name, rest)
-        if os.write(self._fd, record) < len(record):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return record
-
-    def add(self, kind: bytes, name: bytes, rest: bytes = b"") -> None:
-        """Append a record, and take it and what was appended before it."""
-        own = self.append(kind, name, rest)
-        end = self._end
-        data = os.pread(self._fd, PAGE, end)
-        if data.endswith(own):  # as nearly always
-            with self._lock:  # held during no system call
-                if self._end == end:
-                    self._end = end + len(data)
-                    if len(data) > len(own):
-                        self._take_all(data[: -len(own)])
-                    self.take(kind, name, rest)
-                    return
-        self.read()  # it is not the last any more, or taken already
-
-    def read(self) -> None:
-        """Take what was appended since the last time."""
-        while True:
-            size, end = PAGE, self._end
-            while len(data := os.pread(self._fd, size, end)) == size:
-                size *= 4
-            whole = data[: data.rfind(b"\2") + 1]  # the rest is being written
-            with self._lock:
-                if self._end == end:
-                    self._end = end + len(whole)
-                    return self._take_all(whole)
-
-    def _take_all(self, data: bytes) -> None:
-        for record in data.split(b"\0"):
-            words = record.split(b" ", 2)
-            if len(words) == 3 and record[-1] == 2:  # STX
-                kind, name, rest = words
-                self.take(kind, name, rest[:-1])
-
-
-class _Claims(_Records):
-    """Whose the messages are."""
-
-    def __init__(self, path: str, flags: int, waiting: set[bytes]) -> None:
-        super().__init__(path, flags)
-        self.owners: dict[bytes, bytes] = {}  # by the names of messages
-        self.copies: Counter[bytes] = Counter()  # after the first
-        self.next, self.closer, self._waiting = 0, b"", waiting
-
-    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
-        if kind == b"?":
-            if name in self.owners:
-                self.copies[name] += 1
-            elif not self.next:
-                self.owners[name] = rest
-        elif kind == b">":
-            owner, _, dead = rest.partition(b" ")
-            if self.owners.get(name) == dead:
-                self.owners[name] = owner
-        elif kind == b"+":
-            self._waiting.add(name)
-        elif kind == b"/" and not self.next and name.isdigit():
-            self.next, self.closer = int(name), rest
-
-
-class _Answers(_Records):
-    """What they were answered."""
-
-    def __init__(self, path: str, flags: int) -> None:
-        super().__init__(path, flags)
-        self.parts: dict[bytes, bytes] = {}  # by the names of messages
-        self.late: set[bytes] = set()
-
-    def take(self, kind: bytes, name: bytes, rest: bytes) -> None:
-        if kind == b"=":
-            self.parts.setdefault(name, rest)
-        elif kind == b"!" and name not in self.parts:
-            self.late.add(name)
+    owner: bytes
+    seen: float  # Unix time of the first try
+    tries: int = 0
+    told_to_wait: bool = False
+    answer: tuple[int, int] | None = None  # where it stands in the file: offset, length
+    unsaved: bytes | None = None  # an answer of this process that could not be written
 
 
 class _File:
-    """One file of the journal and its answers."""
+    """One file of the journal, as far as this process has read it."""
 
-    def __init__(self, folder: str, number: int, waiting: set[bytes], flags: int = 0) -> None:
-        self.number, self.opened, self.closed = number, time.monotonic(), math.inf
-        self.claims = _Claims(f"{folder}/journal.{number}", flags, waiting)
-        # Made after the journal, and removed after it: whoever has that one finds this one.
-        self.answers = _Answers(f"{folder}/answers.{number}", os.O_CREAT)
+    def __init__(self, path: str) -> None:
+        self.messages: dict[bytes, _Message] = {}
+        self.ended_at = math.inf  # by time.monotonic(): when this process saw its end
+        self._read_to, self._lock = 0, threading.Lock()
+        self.path, self.fd = path, os.open(path, _FLAGS)
+        # Other threads may still use the file, so it is closed when none of them needs it.
+        weakref.finalize(self, os.close, self.fd).atexit = False
 
-    def found(self, name: bytes, mine: bool, waiting: bool = False) -> Found:
-        """Return what is known of a message."""
-        answer, late = self.answers.parts.get(name), name in self.answers.late
-        parts = None if answer is None else answer.split(b"\1") if answer else []
-        return Found(1 + self.claims.copies[name], mine, late, parts, waiting)
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_at < math.inf
+
+    def append(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
+        """Append a record."""
+        record = b"\0%b %b %b\2" % (kind, name, rest)
+        if os.write(self.fd, record) < len(record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def add(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
+        """Append a record, then read it and all before it."""
+        self.append(kind, name, rest)
+        self.read()
+
+    def end(self) -> None:
+        """See to it that no message is claimed in this file from now on."""
+        self.read()
+        if not self.is_ended:
+            self.add(b"/")
+
+    def read(self) -> None:
+        """Read what was appended since the last time."""
+        while True:
+            start, size = self._read_to, PAGE
+            while len(data := os.pread(self.fd, size, start)) == size:
+                size *= 4
+            # No thread holds the lock during a system call: all others would wait for it, and for
+            # its turn in Python after that.
+            with self._lock:
+                if self._read_to == start:
+                    for record in _RECORD.finditer(data):
+                        self._take(record[1], record[2], record[3], start + record.start(3))
+                    self._read_to += data.rfind(b"\2") + 1  # what follows is being written
+                    return
+
+    def check(self) -> None:
+        """End the file if it was removed or cut short: others may claim its messages elsewhere."""
+        status = os.fstat(self.fd)
+        if not status.st_nlink or status.st_size < self._read_to:
+            self.ended_at = min(self.ended_at, time.monotonic())
+
+    def _take(self, kind: bytes, name: bytes, rest: bytes, offset: int) -> None:
+        message = self.messages.get(name)
+        if kind == b"?":
+            owner, _, seen = rest.partition(b" ")
+            if not message and not self.is_ended and _NUMBER.fullmatch(seen):
+                message = self.messages[name] = _Message(owner, float(seen))
+            if message:
+                message.tries += 1
+        elif kind == b"/" and not name:
+            self.ended_at = min(self.ended_at, time.monotonic())
+        elif message and message.answer is None:
+            if kind == b"=":
+                message.answer = (offset, len(rest))
+            elif kind == b"!":
+                message.told_to_wait = True
+            elif kind == b">":
+                owner, _, dead = rest.partition(b" ")
+                message.owner = owner if message.owner == dead else message.owner
 
 
 class Journal:
-    """Remembers answers for all threads and processes of this machine; see ``reply_once.Answers``.
+    """Remembers messages for all threads and processes of a machine; see ``reply_answers.Answers``.
 
     Args:
         folder: for the files; on a local disk, better in memory.
-        keep: seconds that a message is known at least; shorter in tests.
+        remember: seconds that a message is remembered at least; shorter in tests.
     """
 
     poll = 0.03
 
-    def __init__(self, folder: Path, keep: float = KEEP) -> None:
-        self._folder, self._late_folder, self._keep = str(folder), str(folder / "late"), keep
-        self._files: list[_File] = []  # all but the last are closed
-        self._waiting: set[bytes] = set()  # followers for whom there may be something
-        self._process, self._flock = b"", -1
+    def __init__(self, folder: Path, remember: float = REMEMBER) -> None:
+        self._folder, self._remember = str(folder), remember
         self._runs = itertools.count()
-        self._lock = threading.RLock()  # of the files that are open
+        self._locks: dict[bytes, int] = {}  # of this process's files, by their names
+        self._reset()
         _journals.add(self)
 
-    def come(self, name: str, who: str) -> Found:
-        """Count a copy, and make the message its own if it is nobody's or its owner has died."""
-        key, owner, last = name.encode(), self._owner(), self._last()
-        while True:
-            file = self._file_of(key) or last  # which may have just been opened and read
-            file.claims.add(b"?", key, owner)
-            if key in file.claims.owners:
-                break
-            if not file.claims.next:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            last = self._follow(file)
-        waiting = bool(self._waiting) and who.encode() in self._waiting
-        if file.claims.owners[key] == owner:  # as nearly always
-            found = _FIRST[waiting]
-        else:
-            found = file.found(key, self._inherit(file, key, owner), waiting)
-        if time.monotonic() - file.opened > self._keep / 2:
-            with contextlib.suppress(OSError, RuntimeError):  # later, then
-                self._turn(owner)
-        return found
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._files: list[_File] = []  # all but the last are ended
+        self._process = b""  # the name of its file
+        self._check_at = self._begin_at = 0.0  # by time.monotonic()
 
-    def look(self, name: str) -> Found:
-        """Look again, and make the message the caller's if its owner has died."""
+    def claim(self, name: str) -> State:
+        """Count a try. The caller owns the message if nobody did or its owner process died."""
+        if time.monotonic() >= self._check_at:
+            self._check()
+        key, owner = name.encode(), self._new_owner()
+        while True:
+            files = self._files or self._open_files()
+            file = next((file for file in files if key in file.messages), files[-1])
+            file.add(b"?", key, b"%b %.3f" % (owner, time.time()))
+            if key in file.messages:
+                return self._state(file, key, owner)
+            file.check()
+            if not file.is_ended:
+                raise OSError(errno.EIO, "the journal was changed by another program")
+            self._open_files()
+
+    def look(self, name: str) -> State:
+        """Look again. The caller owns the message if its owner process died without an answer."""
+        key = name.encode()
+        file = self._file_of(key)
+        if not file:  # this process slept for too long
+            return State(tries=0, age=0.0, owner="")
+        file.read()
+        return self._state(file, key, self._new_owner())
+
+    def answered(self, names: list[str]) -> list[str]:
+        """Return those of the names that have an answer."""
+        for file in self._files:
+            file.read()
+        keys = [(name, name.encode()) for name in names]
+        return [
+            name
+            for name, key in keys
+            if (found := self._file_of(key)) and found.messages[key].answer is not None
+        ]
+
+    def tell_to_wait(self, name: str) -> State:
+        """Note that the follower was told to wait, unless the answer is there."""
         key = name.encode()
         if not (file := self._file_of(key)):
-            return Found(0, late=True)
-        file.claims.read()
-        return file.found(key, self._inherit(file, key, self._owner()))
+            return State(tries=0, age=0.0, owner="", told_to_wait=True)
+        file.add(b"!", key)
+        return self._state(file, key)
 
-    def tell_late(self, name: str) -> Found:
-        """Note that the follower was told to wait, if the answer is not there yet."""
+    def save(self, name: str, answer: bytes) -> None:
+        """Save the answer for the other tries."""
         key = name.encode()
-        if not (file := self._file_of(key)):  # it ran so long that no copy will ask for it
-            return Found(0, late=True)
-        file.answers.add(b"!", key)
-        return file.found(key, mine=False)
+        if not (file := self._file_of(key)):  # reply() ran so long that no try will come
+            return
+        try:
+            file.append(b"=", key, answer)
+        except OSError:
+            file.messages[key].unsaved = answer  # for the tries that reach this process
+            raise
 
-    def keep(self, name: str, parts: Parts) -> None:
-        """Leave the answer for the copies."""
-        key = name.encode()
-        if file := self._file_of(key):
-            try:
-                file.answers.append(b"=", key, b"\1".join(parts))
-            except OSError:
-                self._die()  # or the copies would wait for an answer that nobody will give
-                raise
-
-    def put(self, who: str, order: str, part: bytes) -> None:
-        """Let a part wait for the follower, behind those of lesser ``order``."""
-        folder = f"{self._late_folder}/{who}"
-        new, path = f"{folder}/.{order}", f"{folder}/{order}"
-        while True:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            try:
-                with open(_open(new, os.O_CREAT | os.O_TRUNC), "wb") as successor:
-                    successor.write(part)
-                os.rename(new, path)
-                break
-            except FileNotFoundError:  # somebody has just removed the empty folder
-                continue
-        file = self._last()
-        file.claims.add(b"+", who.encode())
-        while file.claims.next:
-            file = self._follow(file)
-            file.claims.add(b"+", who.encode())
-
-    @contextlib.contextmanager
-    def waiting(self, who: str) -> Iterator[bytes | None]:
-        """Yield the first part that waits for the follower; it is gone when the block succeeds."""
-        folder = f"{self._late_folder}/{who}"
-        # Before the look, for whoever puts a part there adds the follower after that.
-        self._waiting.discard(who.encode())
-        names = sorted(name for name in _list(folder) if name[0] != ".")
-        if names:
-            self._waiting.add(who.encode())
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                path = f"{folder}/{name}"
-                try:
-                    fd = _open(path)
-                except FileNotFoundError:  # somebody else was quicker
-                    continue
-                stack.callback(_unlock, fd)
-                if _lock(fd) and (stat := os.fstat(fd)).st_nlink:
-                    yield os.pread(fd, stat.st_size, 0)
-                    os.unlink(path)
-                    if len(names) == 1:
-                        with contextlib.suppress(OSError):  # there is more by now
-                            os.rmdir(folder)
-                    return
-            yield None
+    def is_alive(self, owner: str) -> bool:
+        """Tell whether the owner's process is alive."""
+        process = owner.encode().partition(b"/")[0]
+        if process in self._locks:
+            return True
+        try:
+            with locked_file(f"{self._folder}/{process.decode()}") as is_locked:
+                return is_locked is False
+        except OSError:  # too many open files, perhaps: look again later
+            return True
 
     def after_fork(self) -> None:
-        """Leave the parent's locks to the parent."""
-        self._lock, self._files = threading.RLock(), []
-        self._die()
+        """Leave the parent's locks and name to the parent."""
+        for fd in self._locks.values():
+            os.close(fd)
+        self._locks = {}
+        self._reset()
 
-    def _die(self) -> None:
-        """Let what this process runs look as if it had died."""
-        with self._lock:
-            if self._flock >= 0:
-                os.close(self._flock)
-            self._process, self._flock = b"", -1
+    def _state(self, file: _File, key: bytes, heir: bytes = b"") -> State:
+        """Return what is known of a message, after ``heir`` has inherited it if it can."""
+        message = file.messages[key]
+        answer = message.unsaved
+        if answer is None and not message.answer and heir and heir != message.owner:
+            dead = message.owner
+            if not self.is_alive(dead.decode()):
+                file.add(b">", key, heir + b" " + dead)
+        if message.answer:
+            offset, length = message.answer
+            answer = os.pread(file.fd, length, offset)
+        mine = message.owner == heir and answer is None
+        age = max(time.time() - message.seen, 0.0)
+        owner = message.owner.decode()
+        return State(message.tries, age, owner, mine, message.told_to_wait, answer)
 
-    def _owner(self) -> bytes:
-        return b"%b/%d" % (self._process or self._begin(), next(self._runs))
+    def _new_owner(self) -> bytes:
+        """Return a name for a run of ``reply()`` in this process."""
+        return b"%b/%d" % (self._process or self._register(), next(self._runs))
 
-    def _begin(self) -> bytes:
-        """Make the file whose lock shows that this process lives; return its name."""
+    def _register(self) -> bytes:
+        """Make the file whose lock shows that this process is alive; return its name."""
         with self._lock:
             if not self._process:
                 name = f"process.{os.getpid()}.{time.time_ns()}"
-                path = f"{self._folder}/{name}"
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                fd = _open(path, os.O_CREAT | os.O_EXCL)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX)
-                except OSError:
-                    os.close(fd)
-                    os.unlink(path)
-                    raise
-                self._process, self._flock = name.encode(), fd
+                fd = os.open(f"{self._folder}/{name}", _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                self._process = name.encode()
+                self._locks[self._process] = fd
             return self._process
-
-    def _lives(self, owner: bytes) -> bool:
-        process = owner.partition(b"/")[0]
-        if process == self._process:
-            return True
-        try:
-            fd = _open(f"{self._folder}/{process.decode()}")
-        except FileNotFoundError:
-            return False
-        except OSError:  # too many open files: who looks again may see
-            return True
-        try:
-            return not _lock(fd)
-        finally:
-            _unlock(fd)
-
-    def _inherit(self, file: _File, key: bytes, owner: bytes) -> bool:
-        """Look for the answer; make ``owner`` the owner if that of the message died without one."""
-        file.answers.read()
-        if key in file.answers.parts or self._lives(dead := file.claims.owners[key]):
-            return False
-        file.claims.add(b">", key, b"%b %b" % (owner, dead))
-        file.answers.read()  # it may have been given just before its owner's death
-        return file.claims.owners[key] == owner and key not in file.answers.parts
 
     def _file_of(self, key: bytes) -> _File | None:
         for file in self._files:
-            if key in file.claims.owners:
+            if key in file.messages:
                 return file
         return None
 
-    def _last(self) -> _File:
-        if not self._files:
-            with self._lock:  # two who open them would not see what the other one reads
-                return (self._files or self._open_all())[-1]
-        return self._files[-1]
-
-    def _open_all(self) -> list[_File]:
-        """Open the files that are there, or the first one, and read them."""
+    def _check(self) -> None:
+        """See that this process's files are there; begin another file if it is time."""
         with self._lock:
-            self._waiting.update(map(str.encode, _list(self._late_folder)))
-            files: list[_File] = []
-            if not (numbers := sorted(self._numbers())):
-                numbers = [self._open(1, os.O_CREAT).number]
-            for number in numbers:
-                try:
-                    file = self._open(number)
-                except FileNotFoundError:  # it was removed meanwhile: it must not be made again
-                    continue
-                files.append(file)
-                file.claims.read()
-                if not file.claims.next:  # a later one is not in use yet
-                    break
-                file.closed = file.opened
-                if number == numbers[-1]:
-                    numbers.append(file.claims.next)
-            self._files = files or self._open_all()
-        return self._files
-
-    def _open(self, number: int, flags: int = 0) -> _File:
-        return _File(self._folder, number, self._waiting, flags)
-
-    def _follow(self, file: _File) -> _File:
-        """Return the last file, after ``file`` was closed."""
-        with self._lock:
-            if file is self._files[-1]:  # else another thread was quicker
-                try:
-                    following = self._open(file.claims.next)
-                except FileNotFoundError:  # this process has slept, and it is gone by now
-                    return self._open_all()[-1]
-                following.claims.read()
-                file.closed = now = following.opened
-                files = [each for each in self._files if now - each.closed < self._keep]
-                self._files = [*files, following]
-            return self._files[-1]
-
-    def _turn(self, owner: bytes) -> None:
-        """Close the last file if it is time; who is the first to do so removes old files too."""
-        with self._lock:
-            file = self._files[-1]
-            if time.monotonic() - file.opened <= self._keep / 2:
+            now = time.monotonic()
+            if now < self._check_at:  # another thread was quicker
                 return
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)  # whoever removed it
-            if not os.path.exists(f"{self._folder}/{self._process.decode()}"):
-                self._die()  # as it looks to the others; the next run begins a new one
-            number = max(self._numbers(), default=0)
-            if number <= file.number:  # else it is there: its maker was killed, or began anew
-                number = file.number + 1
-                self._open(number, os.O_CREAT)
-            file.claims.add(b"/", b"%d" % number, owner)
-            self._follow(file)
-            self._waiting.clear()  # those whose part another process gave
-            self._waiting.update(map(str.encode, _list(self._late_folder)))
-        if file.claims.closer == owner:
-            threading.Thread(target=self._sweep, args=(number,), daemon=True).start()
-
-    def _sweep(self, last: int) -> None:
-        """Remove what is old: files before the last one, of dead processes, and what waits."""
-        before = time.time() - self._keep
-        for name in sorted(_list(self._folder), reverse=True):  # a journal before its answers
-            path, (kind, _, number) = f"{self._folder}/{name}", name.partition(".")
-            with contextlib.suppress(OSError):  # somebody else was quicker
-                if os.stat(path).st_mtime >= before:
-                    continue
-                if kind in ("journal", "answers") and number.isdecimal() and int(number) < last:
-                    if kind == "journal" or not os.path.exists(f"{self._folder}/journal.{number}"):
-                        os.unlink(path)
-                elif kind == "process":
-                    fd = _open(path)
-                    try:
-                        if _lock(fd):
-                            os.unlink(path)
-                    finally:
-                        _unlock(fd)
-        before = time.time() - KEEP_LATE
-        for who in _list(self._late_folder):
-            folder = f"{self._late_folder}/{who}"
+            # If it fails, it is tried again later, and not for each message.
+            self._check_at = now + min(CHECK_INTERVAL, self._remember / 2)
+            if self._process and not os.fstat(self._locks[self._process]).st_nlink:
+                self._process = b""
+            if not self._files:
+                return
+            self._files[-1].check()
+            if now < self._begin_at:
+                return
+            self._begin_at = now + self._remember / 2
             with contextlib.suppress(OSError):
-                if os.stat(folder).st_mtime < before:  # of its newest name
-                    for name in os.listdir(folder):
-                        os.unlink(f"{folder}/{name}")
-                    os.rmdir(folder)
+                self._sweep()
+                numbers = self._numbers()
+                if self._files[-1].path in map(self._path, numbers[-1:]):
+                    self._create(numbers)  # else another process was quicker
+                self._open_files()
+
+    def _open_files(self) -> list[_File]:
+        """Open and read the files that are there, and end all but the last."""
+        with self._lock:
+            known = {file.path: file for file in self._files if os.fstat(file.fd).st_nlink}
+            while True:
+                self._sweep()
+                numbers = self._numbers()
+                files = []
+                for path in map(self._path, numbers):
+                    with contextlib.suppress(FileNotFoundError):  # another process removed it
+                        files.append(known.get(path) or _File(path))
+                for file in files[:-1]:
+                    file.end()
+                if files:
+                    files[-1].read()
+                if files and not files[-1].is_ended:
+                    break
+                self._create(numbers)
+            now = time.monotonic()
+            removed = [file for file in self._files if file not in files]
+            for file in removed:
+                file.ended_at = min(file.ended_at, now)
+            self._files = [file for file in removed + files if now - file.ended_at < self._remember]
+            self._begin_at = now + self._remember / 2
+            return self._files
+
+    def _create(self, numbers: list[int]) -> None:
+        number = max([int(time.time() * 1000), *(number + 1 for number in numbers)])
+        os.close(os.open(self._path(number), _FLAGS | os.O_CREAT, 0o600))
+
+    def _path(self, number: int) -> str:
+        return f"{self._folder}/journal.{number}"
 
     def _numbers(self) -> list[int]:
-        names = (name[8:] for name in _list(self._folder) if name[:8] == "journal.")
-        return [int(number) for number in names if number.isdecimal()]
+        kinds = (name.partition(".") for name in os.listdir(self._folder))
+        return sorted(
+            int(number) for kind, _, number in kinds if kind == "journal" and number.isdecimal()
+        )
 
-
-def _list(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def _open(path: str, flags: int = 0) -> int:
-    return os.open(path, flags | _FLAGS, 0o600)
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock(fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
-    finally:
-        os.close(fd)
+    def _sweep(self) -> None:
+        """Make the folder; remove the journals that are too old, and the files of the dead."""
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        before = time.time() - self._remember
+        numbers = self._numbers()
+        for number, following in itertools.pairwise(numbers):
+            # Its own times do not tell: they change with each try to write to a full disk.
+            if following < before * 1000:
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    os.unlink(self._path(number))
+        for name in os.listdir(self._folder):
+            path = f"{self._folder}/{name}"
+            with contextlib.suppress(OSError):  # another process was quicker, perhaps
+                if name.startswith("process.") and os.stat(path).st_mtime < before:
+                    with locked_file(path) as is_locked:
+                        if is_locked:
+                            os.unlink(path)
 
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()

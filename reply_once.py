@@ -1,245 +1,236 @@
-"""One message, one run of ``reply()``, one answer, however often and wherever WeChat asks.
+"""One message, one run of ``reply()``, one answer, however often and wherever WeChat sends it.
 
-WeChat waits five seconds, hangs up and sends the same message again, three times in all, and every
-copy may meet another thread, process or machine. So the first copy makes the message its own and
-runs ``reply()``; the others wait for its answer, and if it dies, one of them runs it again. What
-they all know of a message is kept by an ``Answers``: ``reply_journal`` for one machine,
-``redis_store`` for several. Source of the rules: the platform's 接收普通消息 (when it sends again,
-and what tells copies apart).
+WeChat sends a message up to three times, five seconds apart. Each of these tries may reach another
+thread, process or machine. The first one claims the message and runs ``reply()``; the others wait
+for the answer. If the owner process dies, one of them runs ``reply()`` again. An answer that no
+try can take any more is late: it waits for the follower's next message.
+
+``reply_answers`` says what the tries share for seconds, ``reply_late`` what waits, for two days.
+Source of the rules: the platform's 接收普通消息 (when it sends again, and what tells
+messages apart).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 import re
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from threading import Thread, Timer
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from functools import partial
+from threading import Thread
+from typing import Any, NamedTuple, TypeAlias
+
+from reply_answers import Answers, ErrorLog, State, Waiters
+from reply_late import LateAnswers
 
 Message: TypeAlias = dict[str, Any]
-Parts: TypeAlias = list[bytes]  # of an answer, each of them XML: none is silence
+Parts: TypeAlias = list[bytes]  # XML of one or more messages; an empty list is silence
 
-PATIENCE = 5.0  # seconds until WeChat hangs up on a copy
-COPIES = 3  # of a message, all in all
-LAST_WORD = 0.9  # of that time, until the last copy is told to wait: this has to reach WeChat yet
-KEEP = 20.0  # seconds that a message is known at least: WeChat's copies take 15
-KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account answer a message
-APART = 10.0  # seconds between two errors in the log
+WECHAT_TIMEOUT = 5.0  # seconds that WeChat waits for the answer to one try
+TRIES = 3  # of a message, in all
+# The next four are in units of WECHAT_TIMEOUT.
+ANSWER_WITHIN = 0.9  # a later answer may not reach WeChat before it hangs up
+LAST_TRY_AGE = 1.8  # a try that comes this long after the first is the last, if one was lost
+REPEAT_NOTICE_AT = 2.8  # of a message that waits for another's answer: before its last try ends
+WINDOW = 3.2  # after the first try no other can still be waiting
 
-_SAFE = re.compile("[A-Za-z0-9_+-]{1,120}")
-log = logging.getLogger("reply_once")
-
-
-class Found(NamedTuple):
-    """What is known of a message.
-
-    ``copies`` of it have come; ``mine``: this very call made it the caller's to run; ``late``: its
-    follower was told to wait before the answer was there; ``parts``: the answer, if it is there;
-    ``waiting``: there may be a part of another answer for the follower.
-    """
-
-    copies: int
-    mine: bool = False
-    late: bool = False
-    parts: Parts | None = None
-    waiting: bool = False
+_SAFE_NAME = re.compile("[A-Za-z0-9_+-]{1,120}")
 
 
-class Answers(Protocol):
-    """Where copies find one another. All methods raise OSError when it cannot be reached.
-
-    All copies of a message have the same ``name``, all messages of a follower the same ``who``.
-    """
-
-    poll: float  # seconds between two looks for an answer
-
-    def come(self, name: str, who: str) -> Found:
-        """Count a copy. The message is its own when it is nobody's, or its owner has died."""
-
-    def look(self, name: str) -> Found:
-        """Look again. The message is the caller's when its owner has died."""
-
-    def tell_late(self, name: str) -> Found:
-        """Note that the follower was told to wait, if the answer is not there yet."""
-
-    def keep(self, name: str, parts: Parts) -> object:
-        """Leave the answer for the copies."""
-
-    def put(self, who: str, order: str, part: bytes) -> None:
-        """Let a part wait for the follower's next messages, behind those of lesser ``order``."""
-
-    def waiting(self, who: str) -> AbstractContextManager[bytes | None]:
-        """Yield the first part that waits for the follower; it is gone when the block succeeds."""
-
-
-@dataclass(slots=True)
-class _Asked:
-    """One copy of a message: how to run it, its names, and when it came, by two clocks."""
+class _Try(NamedTuple):
+    """One request of WeChat's for a message."""
 
     message: Message
-    run: Callable[[], Parts]
-    who: str
+    run: Callable[[], Any]  # reply()
+    client_gone: Callable[[], bool]
+    follower: str
     name: str
-    came: float
-    order: float
+    seen: float  # Unix time of the first try
+    first_at: float  # the same by time.monotonic()
+    arrived_at: float  # of this try, by time.monotonic()
+    is_last: bool
+
+    def is_heard(self, timeout: float) -> bool:
+        """Tell whether an answer that is returned now reaches WeChat.
+
+        The last try gets it as late as the notice that it would get instead.
+        """
+        waited = time.monotonic() - self.arrived_at
+        return (waited < ANSWER_WITHIN * timeout or self.is_last) and not self.client_gone()
+
+    @property
+    def is_event(self) -> bool:
+        return self.message.get("MsgType") == "event"
 
 
 class ReplyOnce:
-    """Runs ``reply()`` once for a message, and remembers the answer for the copies.
+    """Runs ``reply()`` once for a message.
 
     Args:
-        answers: where copies find one another.
-        please_wait: makes what the last copy is answered while ``reply()`` still runs.
-        keep_late: whether what is late waits for the follower's next message.
-        push: sends one part to an OpenID in another way, and raises when it cannot.
-        typing: lets an OpenID see that an answer is being written.
-        patience: seconds until a copy is given up; shorter in tests.
+        answers: what the tries share.
+        late: the answers that wait for their follower's next message.
+        write: makes the XML of what ``reply()`` returned for a message: as its answer, or (third
+            argument) as a late answer, which another message gets. Raises nothing.
+        wait_notice: what the follower reads while ``reply()`` still runs.
+        typing: shows an OpenID that an answer is being written.
+        timeout: seconds that WeChat waits; shorter in tests.
         clock: Unix time in seconds.
     """
 
     def __init__(
         self,
         answers: Answers,
-        please_wait: Callable[[Message], bytes],
+        late: LateAnswers,
+        write: Callable[[Message, Any, bool], Parts],
+        wait_notice: str,
         *,
-        keep_late: bool = True,
-        push: Callable[[str, bytes], object] | None = None,
         typing: Callable[[str], object] | None = None,
-        patience: float = PATIENCE,
+        timeout: float = WECHAT_TIMEOUT,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._answers, self._please_wait, self._keep_late = answers, please_wait, keep_late
-        self._push, self._typing = push, typing
-        self._patience, self._clock = patience, clock
-        self._complain_at = 0.0
+        self._answers, self._late, self._write = answers, late, write
+        self._wait_notice, self._typing = wait_notice, typing
+        self._timeout, self._clock = timeout, clock
+        self._waiters, self._log = Waiters(answers), ErrorLog(clock)
 
-    def answer(self, message: Message, run: Callable[[], Parts]) -> bytes | None:
-        """Return the answer to ``message``, empty for silence.
+    def answer(
+        self,
+        message: Message,
+        run: Callable[[], Any],
+        client_gone: Callable[[], bool] = lambda: False,
+    ) -> bytes | None:
+        """Return the XML to answer a try with, empty for silence.
 
-        It is None when ``reply()`` still runs and WeChat hangs up now: the next copy may get it.
-        What is no answer, even success, would be the end of the copies.
+        None: there is no answer yet, or nobody listens for it. The try must then fail (503), since
+        WeChat sends no other one after any 200, even an empty one.
 
         Args:
-            message: one copy of it.
-            run: runs ``reply()``, and raises nothing.
+            message: the message.
+            run: calls ``reply()``; raises nothing.
+            client_gone: tells whether WeChat has hung up on this try.
         """
-        who, name = _names(message)
-        if not name:
-            return _first(run())
-        asked = _Asked(message, run, who, name, time.monotonic(), self._clock())
+        follower, name = _names(message)
+        if (message.get("MsgType"), message.get("Event")) == ("event", "unsubscribe"):
+            self._late.clear(follower)
         try:
-            found = self._answers.come(name, who)
+            state = self._answers.claim(name)
         except OSError as error:
-            self._complain("a copy of this message would run reply() again", error)
-            return _first(run())
-        if found.mine and found.copies < COPIES:  # as nearly always
-            return self._run(asked, found.waiting)
-        return self._wait(asked, found)
+            self._log("another try of this message would run reply() again", error)
+            return _first(self._write(message, run(), False))
+        now = time.monotonic()
+        first, seen = now - state.age, self._clock() - state.age
+        is_last = state.tries >= TRIES or state.age >= LAST_TRY_AGE * self._timeout
+        this = _Try(message, run, client_gone, follower, name, seen, first, now, is_last)
+        return self._run(this) if state.mine and state.tries == 1 else self._wait(this, state)
 
-    def _wait(self, asked: _Asked, found: Found) -> bytes | None:
-        copy, typing = found.copies, False
+    def _wait(self, this: _Try, state: State) -> bytes | None:
+        """Wait for the answer; become the owner if the owner process died."""
+        until = this.arrived_at + self._timeout
+        if this.is_last:  # which may have waited for its thread: WeChat hangs up earlier, then
+            until = min(
+                this.arrived_at + ANSWER_WITHIN * self._timeout,
+                this.first_at + (TRIES - 1 + ANSWER_WITHIN) * self._timeout,
+            )
+        if self._typing and not state.mine and state.answer is None:
+            _start(Thread(target=self._typing, args=(this.message["FromUserName"],)))
         while True:
-            if found.parts is not None:
-                return self._please_wait(asked.message) if found.late else _first(found.parts)
-            # The last copy has it run beside, for whoever runs reply() cannot say the last word.
-            if found.mine and (
-                copy < COPIES or not _start(Thread(target=self._run, args=(asked,)))
-            ):
-                return self._run(asked)
-            waited = time.monotonic() - asked.came
-            if copy >= COPIES and waited >= LAST_WORD * self._patience:
-                return self._last_word(asked)
-            if waited >= self._patience:
+            if state.told_to_wait:
+                return self._notice(this)
+            if state.answer is not None:
+                heard = this.is_heard(self._timeout)
+                return self._give_first(this, state.answer) if heard else None
+            # The last try runs reply() in another thread, so that this one can tell to wait.
+            if state.mine and not (this.is_last and self._run_beside(this)):
+                return self._run(this, inherited=True)
+            if this.client_gone():
                 return None
-            if self._typing and copy > 1 and not typing:
-                typing = True
-                openid = asked.message["FromUserName"]
-                _start(Thread(target=self._typing, args=(openid,)))
-            time.sleep(self._answers.poll)
-            try:
-                found = self._answers.look(asked.name)
-            except OSError as error:
-                found = found._replace(mine=False)
-                self._complain("a copy waits for an answer that it cannot see", error)
+            left = until - time.monotonic()
+            if left <= 0:
+                return self._tell_to_wait(this, state) if this.is_last else None
+            state = state._replace(mine=False)
+            with self._log.caught("a try waits for an answer that cannot be read"):
+                self._waiters.wait(this.name, min(left, self._timeout / 5))
+                state = self._answers.look(this.name)
 
-    def _run(self, asked: _Asked, waiting: bool = False) -> bytes:
-        """Make the answer and leave it for the copies."""
-        answer = None
-        if waiting and self._keep_late and asked.message.get("MsgType") != "event":
-            try:
-                with self._answers.waiting(asked.who) as part:  # an event is nobody's words
-                    if part is not None:
-                        answer = self._keep(asked, [part])
-            except OSError as error:
-                self._complain("a late answer may be given twice", error)
-        return self._keep(asked, asked.run()) if answer is None else answer
+    def _run_beside(self, this: _Try) -> bool:
+        unheard = this._replace(client_gone=lambda: True)
+        return _start(Thread(target=self._run, args=(unheard,), kwargs={"inherited": True}))
 
-    def _keep(self, asked: _Asked, parts: Parts) -> bytes:
-        took, late = time.monotonic() - asked.came, False
-        may_be_late = LAST_WORD * self._patience  # before that nobody was told to wait
+    def _run(self, this: _Try, inherited: bool = False) -> bytes | None:
+        """Make the answer of a message, as its owner."""
+        if inherited and (parts := self._late.find(this.follower, this.name)):
+            # The owner process died with its answer ready.
+            return self._finish(this, lambda _late: parts)
+        has_waited, given = False, list[bytes | None]()
+
+        def give(part: bytes) -> None:
+            given.append(self._finish(this, lambda _late: [part]))
+
+        while not this.is_event:
+            # A follower who was told to wait and writes again asks for that answer.
+            ready, alive, dead = self._late.count(this.follower, self._answers.is_alive)
+            if ready and self._late.give_next(this.follower, give):
+                return given[0]
+            if has_waited and not alive and not dead:  # another message got the answer
+                return self._finish(this, lambda _late: [])
+            if not alive:
+                break
+            if time.monotonic() > this.first_at + REPEAT_NOTICE_AT * self._timeout:
+                return self._finish(this, lambda late: [] if late else [self._notice(this)])
+            has_waited = True
+            time.sleep(self._timeout / 25)
+        return self._finish(this, partial(self._write, this.message, this.run()))
+
+    def _finish(self, this: _Try, write: Callable[[bool], Parts]) -> bytes | None:
+        """Save the answer for the other tries, and keep it as late if this try does not take it.
+
+        It is kept before it is saved, so that a worker that is killed here loses nothing.
+        """
+        heard = this.is_heard(self._timeout)
+        parts = write(False)
+        late_parts = parts if heard else write(True)
+        free_at, told_to_wait = this.seen + WINDOW * self._timeout, False
+        if not heard or len(parts) > 1:
+            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
         try:
-            if took > COPIES * self._patience:  # no copy will come for it
-                late = self._answers.tell_late(asked.name).late
-            elif took > may_be_late:
-                late = self._answers.look(asked.name).late
-            # What waits is put there first, so that a worker that is killed loses nothing.
-            if late or len(parts) > 1:
-                self._put(asked, parts, 0 if late else 1)
+            self._answers.save(this.name, _first(parts))
+            if time.monotonic() > this.first_at + ANSWER_WITHIN * self._timeout:  # not before
+                told_to_wait = self._answers.look(this.name).told_to_wait
         except OSError as error:
-            self._complain("a late answer may be lost", error)
-        try:  # in any case, or the copies would wait for it in vain
-            self._answers.keep(asked.name, parts)
-            took = time.monotonic() - asked.came
-            if not late and took > may_be_late and self._answers.look(asked.name).late:
-                late = True  # told meanwhile
-                self._put(asked, parts[:1])
-        except OSError as error:
-            self._complain("an answer cannot be kept for the copies of its message", error)
-        if self._push and (late or len(parts) > 1):
-            # After the answer that is being returned: the follower reads them in this order.
-            _start(Timer(1.0, self._push_waiting, (asked,)))
-        return _first(parts)
+            self._log("another try of this message may get no answer", error)
+        self._waiters.wake(this.name)
+        if told_to_wait:  # by a try that came later: WeChat has given up this one
+            heard, free_at = False, 0.0
+            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
+        if not heard:
+            self._late.push_later(this.follower, this.message, free_at)
+            return None
+        return self._give_first(this, _first(parts)) if len(parts) > 1 else _first(parts)
 
-    def _put(self, asked: _Asked, parts: Parts, first: int = 0) -> None:
-        if self._keep_late:
-            for number in range(first, len(parts)):
-                self._answers.put(asked.who, f"{asked.order:017.6f}.{number}", parts[number])
+    def _give_first(self, this: _Try, answer: bytes) -> bytes:
+        """Return the answer to a try. What comes after its first part is late from now on."""
+        self._late.give_first(this.follower, this.name)
+        self._late.push_later(this.follower, this.message, free_at=0.0)
+        return answer
 
-    def _last_word(self, asked: _Asked) -> bytes:
+    def _tell_to_wait(self, this: _Try, state: State) -> bytes | None:
         """Tell the follower to wait, unless the answer comes at this very moment."""
-        try:
-            found = self._answers.tell_late(asked.name)
-            if found.parts is not None and not found.late:
-                return _first(found.parts)
-        except OSError as error:
-            self._complain("a late answer may be lost", error)
-        return self._please_wait(asked.message)
+        self._late.put_pending(this.follower, this.name, state.owner)
+        with self._log.caught("a late answer may be lost"):
+            state = self._answers.tell_to_wait(this.name)
+        if state.answer is None or state.told_to_wait:
+            return self._notice(this)
+        return self._give_first(this, state.answer)
 
-    def _push_waiting(self, asked: _Asked) -> None:
-        """Push what waits for the follower, part by part; what cannot be pushed goes on waiting."""
-        try:
-            part: bytes | None = b""
-            while part is not None:
-                with self._answers.waiting(asked.who) as part:
-                    if part is not None and self._push:
-                        self._push(asked.message["FromUserName"], part)
-        except Exception as error:  # noqa: BLE001  whatever push raises, its part goes on waiting
-            log.error("a late answer waits for the follower's next message: %s", error)
-
-    def _complain(self, what: str, error: OSError) -> None:
-        if not 0 <= self._complain_at - self._clock() <= APART:  # a full disk is full for all
-            self._complain_at = self._clock() + APART
-            log.error("%s, and more may: %s", what, error)
+    def _notice(self, this: _Try) -> bytes:
+        return self._write(this.message, self._wait_notice, False)[0]
 
 
 def _start(thread: Thread) -> bool:
     try:
         thread.start()
-    except RuntimeError:  # there are too many
+    except RuntimeError:  # the process has too many
         return False
     return True
 
@@ -249,19 +240,22 @@ def _first(parts: Parts) -> bytes:
 
 
 def _names(message: Message) -> tuple[str, str]:
-    """Return names that all messages of the follower and all copies of this one share.
+    """Return a name for the follower and one for the message.
 
-    The second is empty when nothing tells the copies apart.
+    A message has a MsgId. An event has none: its tries are alike in every field, and another event
+    differs in one.
     """
-    who = f"{message.get('ToUserName')}+{message.get('FromUserName')}"
-    which = message.get("MsgId")
-    if message.get("MsgType") == "event":
-        which = "+".join(str(message.get(name)) for name in ("CreateTime", "Event", "EventKey"))
-    name = f"{who}+{which}" if which else ""
-    if _SAFE.fullmatch(name):  # as nearly always
-        return who, name
-    return who if _SAFE.fullmatch(who) else _digest(who), _digest(name) if name else ""
+    follower = f"{message.get('ToUserName')}+{message.get('FromUserName')}"
+    identity = None if message.get("MsgType") == "event" else message.get("MsgId")
+    if not identity:
+        identity = _digest(json.dumps(message, sort_keys=True))
+    return _safe(follower), _safe(f"{follower}+{identity}")
 
 
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+def _safe(name: str) -> str:
+    """Return the name itself if it can be part of a file's name, else its digest."""
+    return name if _SAFE_NAME.fullmatch(name) else _digest(name)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

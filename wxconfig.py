@@ -43,6 +43,7 @@ class Config:
     late_text: str = "还在处理，请稍后发送任意消息查看结果。"
     central: Mapping[str, str] = field(default_factory=dict, repr=False)  # secrets by client
     redis: str = field(default="", repr=False)  # a URL, which may hold a password
+    runtime_dir: Path | None = None  # systemd's RuntimeDirectory; no key of config.ini
 
     def __post_init__(self) -> None:
         """Choose the default of ``encryption``, and see that it has what it needs.
@@ -166,7 +167,7 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
         path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
             this module. Relative paths in it are relative to it.
         environ: where WX_TOKEN, WX_APPID, WX_APPSECRET, WX_ENCODING_AES_KEY and WX_REDIS win over
-            the file when they are set.
+            the file when they are set; and systemd's RUNTIME_DIRECTORY.
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
@@ -191,6 +192,8 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
         if value := environ.get(name, "").strip():
             values[key] = _convert(section, key, value, f"environment: {name}")
     values["state_dir"] = path.parent / values.get("state_dir", "state")
+    if runtime := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
+        values["runtime_dir"] = Path(runtime)
     values["api_base"] = values.get("api_base", Config.api_base).rstrip("/")
     try:
         return Config(**values)

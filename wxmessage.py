@@ -16,7 +16,6 @@ Message: TypeAlias = dict[str, Any]
 Reply: TypeAlias = str | Message | None
 
 MAX_TEXT = 2048  # bytes of UTF-8 in a text reply; the platform drops a longer one
-MAX_PARTS = 10  # messages that a longer text may go on in
 MAX_ARTICLES = 8  # in a news reply to an event; in one to a message it is 1
 MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far below
 MAX_STEPS = 10_000  # tags that are looked at to read one body; WeChat's messages have some dozens
@@ -148,7 +147,9 @@ def _read_tag(
     if bare is not None or len(parents) > MAX_DEPTH:
         return None
     if len(parents) == 1:
-        is_repeated = any((*leaf.parents, leaf)[1].name == name for leaf in leaves)
+        is_repeated = any(
+            name == (leaf.parents[1].name if leaf.parents[1:] else leaf.name) for leaf in leaves
+        )
     else:
         is_repeated = bool(parents) and parents[-1].is_repeated
     return (*parents, _Element(name, position, is_repeated)), tag.end()
@@ -291,7 +292,7 @@ def check(message: Message) -> None:
             raise MessageError(f"no {name}")
 
 
-def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[bytes]:
+def answer(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
     """Write the whole answer to ``message`` from what ``reply()`` returned.
 
     A str is a text reply, None and an empty text are no reply: the list is empty. A text over
@@ -301,8 +302,8 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
         message: the message that is answered.
         reply: a str, a dict from a builder, or None.
         now: Unix time in seconds, for CreateTime.
-        more: the sign at the end of a text that goes on, up to ``MAX_PARTS`` messages in all;
-            without it a text never does.
+        signs: what stands at the end of the first, second, … part of a text that goes on; after
+            as many parts it is cut.
 
     Raises:
         TypeError: ``reply`` is something else, or holds what ``to_xml`` cannot write.
@@ -323,7 +324,7 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
         content = _NOT_XML.sub("", fields["Content"])
         if not content:
             return []
-        texts = _split(content, more)
+        texts = _split(content, signs)
     elif kind == "news":
         _check_articles(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1)
     whole = {
@@ -335,15 +336,29 @@ def answer(message: Message, reply: Reply, now: float, more: str = "") -> list[b
     return [to_xml({**whole, "Content": part}) for part in texts] or [to_xml(whole)]
 
 
-def _split(content: str, more: str) -> list[str]:
+def _split(content: str, signs: Sequence[str]) -> list[str]:
     texts: list[str] = []
-    while len(content.encode()) > MAX_TEXT:
-        sign = more if len(texts) < MAX_PARTS - 1 else ""
-        data = content.encode()[: MAX_TEXT - len((sign or "…").encode())]
-        part = data.decode(errors="ignore")
-        texts.append(part + (sign or "…"))
-        content = content[len(part) :] if sign else ""
+    while len(content.encode()) > MAX_TEXT and len(texts) < len(signs):
+        sign = signs[len(texts)]
+        part = _cut(content, MAX_TEXT - len(sign.encode()))
+        texts.append(part + sign)
+        content = content[len(part) :]
+    if len(content.encode()) > MAX_TEXT:
+        content = _cut(content, MAX_TEXT - len("…".encode())) + "…"
     return [*texts, content] if content else texts
+
+
+def _cut(content: str, size: int) -> str:
+    """Return as many characters as fit into ``size`` bytes."""
+    return content.encode()[:size].decode(errors="ignore")
+
+
+def first_article(reply: Reply) -> Reply:
+    """Return the reply with one article at most: so many may answer a message."""
+    match reply:
+        case dict({"MsgType": "news", "Articles": {"item": [first, _, *_]}}):
+            return {**reply, "ArticleCount": 1, "Articles": {"item": [first]}}
+    return reply
 
 
 def _check_articles(fields: Message, most: int) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
+import select
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wxserver")
 
+OK = "200 OK"
 BAD_REQUEST = "400 Bad Request"
 FORBIDDEN = "403 Forbidden"
 NOT_FOUND = "404 Not Found"
@@ -52,11 +55,15 @@ MAX_PARAMETERS = 50  # WeChat sends six
 _METHODS = ("GET", "POST")
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
-# The sign at the end of a text that goes on elsewhere, by [reply] late.
-_MORE = {"pickup": "…（未完，发送任意消息继续）", "push": "…（未完）", "drop": ""}
+MAX_PARTS = 10  # messages that a long text may go on in
+# The sign at the end of a text that goes on: by itself, or with the follower's next message.
+_PUSHED, _NEXT = "…（未完）", "…（未完，发送任意消息继续）"
+# What poll() says of a client that has hung up. Linux tells of it while data is still unread.
+_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+TCP_ESTABLISHED = 1  # the state of a connection that neither side has closed, in Linux's TCP_INFO
 
 Headers: TypeAlias = list[tuple[str, str]]
-Response: TypeAlias = tuple[Headers, bytes]  # of a 200
+Response: TypeAlias = tuple[str, Headers, bytes]  # the status, headers and body
 _TEXT: Headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML: Headers = [("Content-Type", "application/xml")]
 
@@ -67,6 +74,10 @@ class Refused(Exception):
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
         self.status = status
+
+
+class ClientGone(Refused):
+    """The client hung up: nobody reads what it is answered."""
 
 
 def create_application(
@@ -94,7 +105,7 @@ def create_application(
         check_signature = partial(_check_signature, query, token, clock(), config.max_age)
         if method == "GET":
             check_signature("signature")
-            return _TEXT, _parameter(query, "echostr").encode("latin-1")
+            return OK, _TEXT, _parameter(query, "echostr").encode("latin-1")
 
         message_cipher = cipher if query.get("encrypt_type") == "aes" else None
         if message_cipher:
@@ -110,13 +121,13 @@ def create_application(
 
         message = wxmessage.from_xml(xml)
         wxmessage.check(message)
-        xml = answer(message)
+        xml = answer(message, environ)
         if not xml:
-            return _TEXT, b"success"  # no reply; it is never encrypted
+            return OK, _TEXT, b"success"  # no reply; it is never encrypted
         if message_cipher:
             encrypt = message_cipher.encrypt(xml)
             xml = wxmessage.to_xml(wxcrypto.envelope(encrypt, token, query["nonce"], clock()))
-        return _XML, xml
+        return OK, _XML, xml
 
     application = _wsgi(respond)
     return _with_central(application, config) if config.central else application
@@ -127,13 +138,14 @@ def _wsgi(respond: Callable[[WSGIEnvironment], Response]) -> WSGIApplication:
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
-            status, (headers, body) = "200 OK", respond(environ)
+            status, headers, body = respond(environ)
         except (Refused, MessageError, DecryptError) as error:
             status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
             headers, body = _TEXT, f"{status}\n".encode()
             if status == METHOD_NOT_ALLOWED:
                 headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
-            log.warning("%s: %s", status, error)
+            level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
+            log.log(level, "%s: %s", status, error)
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
@@ -145,9 +157,11 @@ def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
     import token_service
 
     service = token_service.from_config(config)
-    central = _wsgi(
-        lambda environ: service.respond(environ, partial(_body, environ, config.max_body))
-    )
+
+    def respond(environ: WSGIEnvironment) -> Response:
+        return service.answer(environ, partial(_body, environ, config.max_body))
+
+    central = _wsgi(respond)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         is_central = environ.get("PATH_INFO") in wxconfig.CENTRAL_PATHS
@@ -238,17 +252,24 @@ def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
 
 def _answerer(
     config: Config, reply: Callable[[Message], Reply], clock: Callable[[], float]
-) -> Callable[[Message], bytes]:
+) -> Callable[[Message, WSGIEnvironment], bytes]:
     """Return what makes the XML of the answer to a message, empty for none.
 
-    It raises Refused when ``reply()`` outlasts WeChat's patience, so that WeChat asks again.
+    It raises Refused when ``reply()`` outlasts WeChat's patience, so that WeChat asks again, and
+    ClientGone when nobody waits for the answer.
     """
-    if not config.once:
-        return lambda message: b"".join(_run(message, reply, clock, ""))
-    once, more = _once(config, clock), _MORE[config.late]
+    once = _once(config, clock) if config.once else None
 
-    def answer(message: Message) -> bytes:
-        xml = once.answer(message, partial(_run, message, reply, clock, more))
+    def answer(message: Message, environ: WSGIEnvironment) -> bytes:
+        client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
+        if client_gone():
+            raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
+        run = partial(_run, message, reply)
+        if not once:
+            return b"".join(_write(message, run(), clock()))
+        xml = once.answer(message, run, client_gone)
+        if xml is None and client_gone():
+            raise ClientGone(UNAVAILABLE, "the client hung up before its answer was there")
         if xml is None:
             raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
         return xml
@@ -256,25 +277,54 @@ def _answerer(
     return answer
 
 
-def _run(
-    message: Message, reply: Callable[[Message], Reply], clock: Callable[[], float], more: str
-) -> list[bytes]:
-    """Run ``reply()``; return the XML of its answer, in more than one part if it is too long."""
-    kind = message["MsgType"]
+def _client_gone(connection: socket.socket | None) -> bool:
+    """Tell whether the client has hung up, if the server shows the connection, as gunicorn does.
+
+    nginx hangs up here when WeChat does there. What waited for a thread for so long need not run:
+    nobody would read its answer, and WeChat has sent the message again.
+    """
+    if connection is None:
+        return False
+    try:  # On Linux, over TCP. Unlike poll() it does not make this thread wait for its next turn.
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED
+    except (AttributeError, OSError):
+        poll = select.poll()
+        poll.register(connection, _HANG_UP)
+        return bool(poll.poll(0))
+
+
+def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
+    """Run ``reply()``; what fails is no reply."""
     try:
-        return wxmessage.answer(message, reply(dict(message)), clock(), more)
+        return reply(dict(message))
     # Anything else than success would be sent again and shown as a failure; and what is no
     # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
     except BaseException:
-        log.exception("reply() failed for MsgType %r; answered success", kind[:32])
+        log.exception("reply() failed for MsgType %r; answered success", message["MsgType"][:32])
+        return None
+
+
+def _write(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
+    """Write the XML of a reply, in several parts if it is too long; what cannot be is no reply."""
+    try:
+        return wxmessage.answer(message, reply, now, signs)
+    except Exception:
+        log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
+    import reply_answers
+    import reply_late
     import reply_once
 
-    def please_wait(message: Message) -> bytes:
-        return wxmessage.answer(message, config.late_text, clock())[0]
+    def write(message: Message, reply: Reply, late: bool) -> list[bytes]:
+        pushed = 0
+        if config.late == "push":  # a late answer is pushed with its first part
+            pushed = reply_late.max_pushes(message) - late
+        signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
+        reply = wxmessage.first_article(reply) if late else reply
+        return _write(message, reply, clock(), signs if config.late != "drop" else ())
 
     push = typing = None
     if config.late == "push":
@@ -286,24 +336,22 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
         def push(openid: str, xml: bytes) -> None:
             api.send(openid, wxmessage.from_xml(xml))
 
-    answers: reply_once.Answers
+    answers: reply_answers.Answers
+    store: reply_late.LateStore
     if config.redis:
         import redis_store
 
-        answers = redis_store.answers(config)
+        answers, store = redis_store.answers(config), redis_store.late(config)
     else:
         import reply_journal
 
         wxconfig.make_state_dir(config)
-        answers = reply_journal.Journal(config.state_dir / "replies")
-    return reply_once.ReplyOnce(
-        answers,
-        please_wait,
-        keep_late=config.late != "drop",
-        push=push,
-        typing=typing,
-        clock=clock,
-    )
+        answers = reply_journal.Journal((config.runtime_dir or config.state_dir) / "replies")
+        store = reply_late.LateFiles(config.state_dir / "late")
+    if config.late == "drop":
+        store = reply_late.NothingLate()
+    late = reply_late.LateAnswers(store, push, clock)
+    return reply_once.ReplyOnce(answers, late, write, config.late_text, typing=typing, clock=clock)
 
 
 def __getattr__(name: str) -> Any:

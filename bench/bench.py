@@ -10,7 +10,6 @@ alike.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import io
 import itertools
@@ -24,11 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -38,8 +35,6 @@ import wxcrypto
 import wxmessage
 import wxserver
 from wxconfig import Config
-from wxsim import client, messages
-from wxsim.follower import read
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -52,9 +47,17 @@ BODY = """<xml><ToUserName><![CDATA[gh_97417a04a28d]]></ToUserName>
 <MsgId>24500000000000001</MsgId>
 </xml>""".encode()
 ECHO = "你好 hello".encode()
+EVENT = {
+    "ToUserName": "gh_97417a04a28d",
+    "FromUserName": "o9AgO5Kd5ggOC-bXrbNODIiE3bGY",
+    "CreateTime": 1714112445,
+    "MsgType": "event",
+    "Event": "subscribe",
+    "EventKey": "",
+}
 KEY, APPID = "A" * 43, "wxba5fad812f8e6fb9"
 ENCRYPTED, ONCE = "wxserver, encrypted", "wxserver, once"
-MSG_ID = b"24500000000000001"
+MSG_ID, FOLLOWER = b"24500000000000001", b"bXrbNODIiE3bGY"
 SHM = "/dev/shm"  # tmpfs
 CONNECTIONS = 16
 TURNS = 3  # of each server in a round: its ratio to another is taken within a second or two
@@ -84,8 +87,10 @@ def message(encrypted: bool = False) -> tuple[str, bytes]:
 
 
 def unique(request: bytes) -> bytes:
-    """Return the request with a MsgId that no other has."""
-    return request.replace(MSG_ID, b"%017d" % next(_msg_ids))
+    """Return the request with a MsgId and a follower that no other has."""
+    number = next(_msg_ids)
+    request = request.replace(MSG_ID, b"%017d" % number)
+    return request.replace(FOLLOWER, b"%014d" % (number % 10**14))
 
 
 @dataclass
@@ -104,7 +109,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> Iterator[Server]:
+def serve(
+    name: str, module: str, gunicorn: Path, path: str, folder: Path, redis: str = ""
+) -> Iterator[Server]:
     """Run a gunicorn with the shipped settings on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -113,7 +120,9 @@ def serve(name: str, module: str, gunicorn: Path, path: str, folder: Path) -> It
     encrypted = name == ENCRYPTED
     key = f"appid = {APPID}\nencoding_aes_key = {KEY}\n" if encrypted else ""
     once = f"state_dir = {folder / 'state'}\n[reply]\nonce = {'on' if name == ONCE else 'off'}\n"
-    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}[server]\n{once}")
+    shared = f"[shared]\nredis = {redis}\n" if redis else ""
+    key = f"appid = {APPID}\n" if redis else key
+    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}[server]\n{once}{shared}")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))}
     environ |= {"WX_TOKEN": TOKEN, "WXSERVER_CONFIG": str(config), "PYTHONPATH": path}
     arguments = [str(gunicorn), "-c", "gunicorn.conf.py", "-b", f"127.0.0.1:{port}", module]
@@ -292,7 +301,7 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
-        event = wxmessage.to_xml(messages.make_event("subscribe", "o9AgO5Kd5ggOC", time.time()))
+        event = wxmessage.to_xml(EVENT)
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
             "POST, an event": (calls(plain, "POST", query(), event), 1000),
@@ -311,60 +320,15 @@ def in_process(rounds: int) -> None:
         print(f"{name:24}{statistics.median(times):8.1f}{min(times):8.1f}")
 
 
-async def slow_replies(server: Server, followers: int, seconds: int = 12) -> list[str]:
-    """Let followers ask at once for what takes long, and somebody else for what does not."""
-    to = client.Account(f"http://127.0.0.1:{server.port}/wx", TOKEN)
-    tries: Counter[int] = Counter()
-    pool = ThreadPoolExecutor(followers + 1)
-
-    async def ask(follower: str, text: str) -> float:
-        began, failed = time.monotonic(), []
-        message = messages.make("text", follower, time.time()) | {"Content": text}
-        outgoing = messages.outgoing(message)
-        send = partial(client.deliver, to, outgoing, lambda *why: failed.append(why))
-        answer = await asyncio.get_running_loop().run_in_executor(pool, send)
-        if answer and read(to, message, answer.body).text == text:
-            tries[len(failed) + 1] += 1
-        return time.monotonic() - began
-
-    async def fast() -> list[float]:
-        took = []
-        for number in range(10):
-            await asyncio.sleep(seconds / 11)
-            took.append(await ask("fast", f"0 {number}"))
-        return took
-
-    meanwhile = asyncio.create_task(fast())
-    slow = [ask(f"slow{number}", f"{seconds} {number}") for number in range(followers)]
-    await asyncio.gather(*slow)
-    quick = await meanwhile
-    lines = Path(os.environ["RUNS"]).read_text().splitlines()
-    runs = Counter(text for line in lines if (text := line.partition(" ")[2])[0].isdigit())
-    return [
-        f"{followers} followers at once, reply() takes {seconds} s",
-        f"  answered  {tries.total() - tries[1]} of {followers}, at the try {dict(tries)}",
-        f"  run twice {sum(count > 1 for count in runs.values())}",
-        f"  a fast message meanwhile: {statistics.median(quick) * 1000:.0f} ms in the median,"
-        f" {max(quick) * 1000:.0f} ms at most",
-        f"  memory of two workers: {pss(server.workers()):.1f} MiB",
-    ]
-
-
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=24, help="default: 24")
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, default: 0.2")
-    parser.add_argument("--followers", type=int, default=60, help="who ask at once, default: 60")
     parser.add_argument("--peers", type=Path, help="a gunicorn beside WeRoBot, wechatpy and Flask")
     arguments = parser.parse_args()
     in_process(arguments.rounds)
     through_gunicorn(arguments.rounds, arguments.seconds, arguments.peers)
-    with tempfile.TemporaryDirectory(dir=SHM) as folder:
-        os.environ["RUNS"] = str(Path(folder) / "runs")
-        own = Path(sys.executable).with_name("gunicorn")
-        with serve(ONCE, "slow", own, str(HERE), Path(folder)) as server:
-            print("\n" + "\n".join(asyncio.run(slow_replies(server, arguments.followers))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A bot that takes its time: the seconds that a text begins with, 6 for 1 in 20 of ``wxsim load``.
+"""A bot that takes as many seconds as a text begins with, and sends it back.
 
 Every run is noted in the file that RUNS names: the worker's process id and the text.
 """
@@ -19,8 +19,6 @@ def reply(message: Message) -> str:
     first = text.split()[0]
     if first.isdigit():
         time.sleep(int(first))
-    elif first == "load" and int(message["MsgId"]) % 20 == 0:
-        time.sleep(6)
     return text
 
 

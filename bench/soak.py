@@ -1,23 +1,116 @@
-"""A soak: slow and fast replies mixed while workers are killed and reloaded. ``make soak`` runs it.
+"""A soak: slow and fast replies while workers are killed and reloaded, then an overload.
 
-Every message must be answered, none run twice but those whose worker was killed, and no file left.
+``make soak`` runs it. Nobody may get another message's answer, no message may run twice unless its
+worker was killed, and no old file may be left.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import followers
+from followers import Follower
+
 import bench
-import reply_once
+import reply_answers
+from wxconfig import Config
+
+FOLLOWERS = 200
+SLOW = 0.05  # the share of messages whose reply() takes 6 s
+
+
+async def write(follower: Follower, rate: float, end: float, counts: Counter[str]) -> None:
+    """Let a follower write until ``end``, and judge what is shown."""
+    unanswered: set[str] = set()  # what may still come
+    number = 0
+    await asyncio.sleep(random.uniform(0, FOLLOWERS / rate))
+    while (began := time.monotonic()) < end:
+        number += 1
+        text = f"{6 if random.random() < SLOW else 0} {follower.name} {number}"
+        shown = await follower.send(text)
+        counts["messages"] += 1
+        if shown == text:
+            counts["answered"] += 1
+        elif shown in unanswered:
+            counts["got a late answer"] += 1
+            unanswered.discard(str(shown))
+        elif shown is None or shown == Config.late_text:
+            counts["told to wait" if shown else "without an answer"] += 1
+            unanswered.add(text)
+        else:
+            counts["wrong"] += 1
+            print(f"{text!r} was answered {shown!r}")
+        await asyncio.sleep(max(began + FOLLOWERS / rate - time.monotonic(), 0))
+
+
+async def disturb(server: bench.Server, every: float, end: float) -> set[int]:
+    """Kill a worker now and then, and reload once; return who was killed."""
+    killed: set[int] = set()
+    reload_at = (time.monotonic() + end) / 2
+    while time.monotonic() + every < end:
+        await asyncio.sleep(every)
+        if workers := server.workers():
+            killed.add(worker := random.choice(workers))
+            os.kill(worker, signal.SIGKILL)
+        if time.monotonic() > reload_at:
+            reload_at = end
+            server.process.send_signal(signal.SIGHUP)
+    return killed
+
+
+async def soak(server: bench.Server, arguments: argparse.Namespace) -> tuple[set[int], int]:
+    """Send, kill and reload, then overload; return who was killed, and how many were wrong."""
+    counts = Counter[str]()
+    end = time.monotonic() + arguments.seconds
+    writing = [
+        write(Follower(server.port, f"f{number}"), arguments.rate, end, counts)
+        for number in range(FOLLOWERS)
+    ]
+    disturbing = asyncio.create_task(disturb(server, arguments.kill, end))
+    await asyncio.gather(*writing)
+    killed = await disturbing
+    print(f"{len(killed)} workers killed, 1 reload: {dict(counts)}", flush=True)
+    await asyncio.sleep(2)
+    _, lines = await followers.crowd(server.port, 840, 70)
+    print("overload, 70 a second for 12 s whose reply() takes 12 s", *lines, sep="\n", flush=True)
+    return killed, counts["wrong"]
+
+
+def runs_without_a_kill(folder: Path, killed: set[int]) -> int:
+    """Return how many messages ran again though the worker that ran them was not killed."""
+    runs: dict[str, list[int]] = defaultdict(list)
+    for line in (folder / "runs").read_text().splitlines():
+        pid, _, text = line.partition(" ")
+        if text != bench.ECHO.decode():  # of the warm-up, whose messages have one text
+            runs[text].append(int(pid))
+    again = {text: pids for text, pids in runs.items() if len(pids) > 1}
+    wrong = sum(not set(pids[:-1]) <= killed for pids in again.values())
+    print(f"{len(runs)} messages run, {len(again)} again after a kill, {wrong} without one")
+    return wrong
+
+
+def old_files(server: bench.Server, folder: Path) -> int:
+    """Return how many files of the journal are left that should have been removed."""
+    time.sleep(reply_answers.REMEMBER + 1)
+    bench.load(server.port, 0.1, encrypted=False)  # the next message sweeps
+    time.sleep(1)
+    replies = folder / "state" / "replies"
+    alive = {str(pid) for pid in server.workers()}
+    left = [path for path in replies.iterdir() if path.name.split(".")[1] not in alive]
+    old = time.time() - reply_answers.REMEMBER
+    left = [path for path in left if path.stat().st_mtime < old]
+    waiting = sum(path.is_file() for path in (folder / "state" / "late").glob("*/*"))
+    print(f"{len(left)} old files left, {waiting} late answers wait for a next message")
+    return len(left)
 
 
 def main() -> None:
@@ -32,52 +125,10 @@ def main() -> None:
         folder = Path(name)
         os.environ["RUNS"] = str(folder / "runs")
         with bench.serve(bench.ONCE, "slow", own, str(bench.HERE), folder) as server:
-            ok = soak(server, folder, arguments)
-    sys.exit(not ok)
-
-
-def soak(server: bench.Server, folder: Path, arguments: argparse.Namespace) -> bool:
-    """Send, kill and reload; return whether all promises were kept."""
-    command = [sys.executable, "-m", "wxsim", "load", "--no-echo", "--token", bench.TOKEN]
-    command += ["--url", f"http://127.0.0.1:{server.port}/wx"]
-    command += ["--rate", str(arguments.rate), "--seconds", str(arguments.seconds)]
-    killed: set[int] = set()
-    began, reloaded, next_kill = time.monotonic(), False, arguments.kill
-    load = subprocess.Popen(command, cwd=bench.ROOT)
-    while load.poll() is None:
-        time.sleep(0.2)
-        past = time.monotonic() - began
-        if past > arguments.seconds:
-            continue
-        if past > next_kill and (workers := server.workers()):
-            next_kill += arguments.kill
-            killed.add(worker := random.choice(workers))
-            os.kill(worker, signal.SIGKILL)
-        if past > arguments.seconds / 2 and not reloaded:
-            reloaded = True
-            server.process.send_signal(signal.SIGHUP)
-    runs: dict[str, list[int]] = defaultdict(list)
-    for line in (folder / "runs").read_text().splitlines():
-        pid, _, text = line.partition(" ")
-        if text != bench.ECHO.decode():  # of the warm-up, whose messages are many with one text
-            runs[text].append(int(pid))
-    again = {text: pids for text, pids in runs.items() if len(pids) > 1}
-    wrong = sum(not set(pids[:-1]) <= killed for pids in again.values())
-    print(f"{len(killed)} workers killed, 1 reload, {len(runs)} messages run")
-    print(f"{len(again)} run again after a kill, {wrong} run twice without one")
-    time.sleep(reply_once.KEEP + 1)
-    bench.load(server.port, 0.1, encrypted=False)  # whoever comes next sweeps
-    time.sleep(1)
-    old = time.time() - reply_once.KEEP
-    replies = folder / "state" / "replies"
-    living = {str(pid) for pid in server.workers()}
-    left = [p for p in replies.iterdir() if p.is_file() and p.name.split(".")[1] not in living]
-    # Answers are kept as long as their journal.
-    kept_by = {path: path.with_name(path.name.replace("answers", "journal")) for path in left}
-    left = [p for p, by in kept_by.items() if (by if by.exists() else p).stat().st_mtime < old]
-    waiting = sum(path.is_file() for path in replies.glob("late/*/*"))
-    print(f"{len(left)} files left after the sweep, {waiting} kept for a follower's next message")
-    return load.returncode == 0 and not wrong and not left
+            killed, wrong = asyncio.run(soak(server, arguments))
+            wrong += runs_without_a_kill(folder, killed)
+            wrong += old_files(server, folder)
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import reply_answers
 import reply_journal
+import reply_late
 import reply_once
 import token_store
 from wxconfig import Config
@@ -59,13 +61,19 @@ def redis_server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def answers(config: Config) -> reply_once.Answers:
-    """Return where the copies of messages find one another."""
-    if not config.redis:
-        return reply_journal.Journal(config.state_dir / "replies")
-    import redis_store
+def once(config: Config) -> reply_once.ReplyOnce:
+    """Return what runs a message once, on one machine or with Redis."""
+    answers: reply_answers.Answers
+    store: reply_late.LateStore
+    if config.redis:
+        import redis_store
 
-    return redis_store.answers(config)
+        answers, store = redis_store.answers(config), redis_store.late(config)
+    else:
+        answers = reply_journal.Journal(config.state_dir / "replies")
+        store = reply_late.LateFiles(config.state_dir / "late")
+    late = reply_late.LateAnswers(store)
+    return reply_once.ReplyOnce(answers, late, lambda _message, parts, _late: parts, "")
 
 
 def row(name: str, function: Callable[[], object], loops: int) -> None:
@@ -81,10 +89,9 @@ def row(name: str, function: Callable[[], object], loops: int) -> None:
 
 def claim(config: Config) -> Callable[[], object]:
     """Return what a fast message does: it claims itself, and leaves its answer."""
-    once = reply_once.ReplyOnce(answers(config), lambda _: b"")
-    numbers = itertools.count(time.time_ns())
+    one, numbers = once(config), itertools.count(time.time_ns())
     message = {"ToUserName": "gh_1", "FromUserName": "o9AgO5Kd5ggOC-bXrbNODIiE3bGY"}
-    return lambda: once.answer({**message, "MsgId": str(next(numbers))}, lambda: PARTS)
+    return lambda: one.answer({**message, "MsgId": str(next(numbers))}, lambda: PARTS)
 
 
 def cpu(config: Config) -> float:

@@ -74,28 +74,34 @@ class Server:
         return str(until(lambda: path.exists() and path.read_text().strip()))
 
     def ask(
-        self, body: bytes | None = None, path: str = "/wx", base: str = "", **more: str
+        self,
+        body: bytes | None = None,
+        path: str = "/wx",
+        base: str = "",
+        timeout: float = 10,
+        **more: str,
     ) -> tuple[int, bytes]:
         query = signed(self.token(), int(time.time()), **more)
-        return self._send(f"{base or self.base}{path}?{query}", body)
+        return self._send(f"{base or self.base}{path}?{query}", body, timeout)
 
     def ask_sealed(self, xml: bytes) -> tuple[int, bytes]:
         query, body = sealed(xml, self.token(), int(time.time()))
         return self._send(f"{self.base}/wx?{query}", body)
 
-    def _send(self, url: str, body: bytes | None) -> tuple[int, bytes]:
+    def _send(self, url: str, body: bytes | None, timeout: float = 10) -> tuple[int, bytes]:
         trusting = ssl._create_unverified_context()  # of a test's own certificate
         try:
-            with urllib.request.urlopen(url, body, timeout=10, context=trusting) as answer:
+            with urllib.request.urlopen(url, body, timeout=timeout, context=trusting) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read()
 
-    def raw(self, request: bytes) -> bytes:
+    def raw(self, request: bytes, half_close: bool = True) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
+            if half_close:  # to the server it looks as if the client had hung up
+                connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
 

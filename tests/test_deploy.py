@@ -76,7 +76,6 @@ def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_read
         "EnvironmentFile=-/etc/wxserver/environment",
         "StateDirectory=wxserver",
         "RuntimeDirectory=wxserver",
-        "ExecStartPre=-/bin/ln -sfnT /run/wxserver /var/lib/wxserver/replies",
         "Type=notify",
         "ExecStart=/opt/wxserver/.venv/bin/gunicorn wxserver",
         "ExecReload=/opt/wxserver/.venv/bin/gunicorn --check-config wxserver",

@@ -85,16 +85,17 @@ def test_the_log_has_no_signature_openid_echostr_or_text(server: Server) -> None
     assert "'/elsewhere' was asked for; the callback is at '/wx'" in server.log
 
 
-def chunked(server: Server, body: bytes) -> bytes:
+def chunked(server: Server, body: bytes, half_close: bool = True) -> bytes:
     query = signed(server.token(), int(time.time()))
     head = f"POST /wx?{query} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    return server.raw(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+    request = head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + body
+    return server.raw(request, half_close)
 
 
 def test_a_chunked_message_is_answered(server: Server) -> None:
     body = message("in pieces")
     pieces = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (body[:50], body[50:]))
-    assert b"in pieces" in chunked(server, pieces + b"0\r\n\r\n")
+    assert b"in pieces" in chunked(server, pieces + b"0\r\n\r\n", half_close=False)
 
 
 def test_broken_http_is_refused_without_a_500_or_a_traceback(server: Server) -> None:

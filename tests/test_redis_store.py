@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from conftest import APPID, APPSECRET, ROOT, TOKEN, Run, config_for, message_xml
 from serving import RedisServer, Server, gunicorn, until
-from test_reply_once import WAIT, Counted, message
+from test_reply_once import WAIT, Counted, message, write
 
 import redis_store
-import reply_once
+import reply_late
 import wxconfig
-from redis_store import RedisAnswers, RedisTokenStore
+from redis_store import RedisAnswers, RedisLate, RedisTokenStore
+from reply_late import LateAnswers
 from reply_once import ReplyOnce
 from token_store import TokenError
 from wxconfig import ConfigError
@@ -73,7 +74,8 @@ def bring_back(server: RedisServer) -> None:
 
 
 def once_over(url: str) -> ReplyOnce:
-    return ReplyOnce(RedisAnswers(url, APPID), lambda _: WAIT)
+    late = LateAnswers(RedisLate(url, APPID))
+    return ReplyOnce(RedisAnswers(url, APPID), late, write, WAIT.decode())
 
 
 @LOSSES
@@ -207,21 +209,24 @@ def test_every_key_has_the_appid_and_an_end(
 ) -> None:
     make(redis_url).get()
     answers = RedisAnswers(redis_url, APPID)
-    answers.come("a", "who")
-    answers.keep("a", [b"1"])
-    answers.come("b", "who")
-    answers.tell_late("b")
-    answers.put("who", "1", b"2")
+    answers.claim("a")
+    answers.save("a", b"1")
+    answers.claim("b")
+    answers.tell_to_wait("b")
+    late = LateAnswers(RedisLate(redis_url, APPID))
+    late.put_pending("who", "b", "owner")
+    late.put("who", "c", [b"2"], 1.0, 0.0)
     keys = redis_server.ask("KEYS", "*").decode().split("\r\n")[2::2]
-    names = ("message:a", "message:a.lock", "message:b", "message:b.lock", "token", "waiting:who")
+    names = ["late:who", "message:a", "message:a.lock", "message:b", "message:b.lock"]
+    names += ["seen:a", "seen:b", "token"]
     assert sorted(keys) == [f"wxserver:{APPID}:{name}" for name in names]
     for key in keys:
-        assert 0 < int(redis_server.ask("TTL", key)[1:]) <= reply_once.KEEP_LATE, key
+        assert 0 < int(redis_server.ask("TTL", key)[1:]) <= reply_late.KEEP_LATE, key
 
 
 def test_accounts_of_one_redis_know_nothing_of_each_other(redis_url: str) -> None:
     one, other = RedisAnswers(redis_url, "wx1"), RedisAnswers(redis_url, "wx2")
-    assert (one.come("a", "b").copies, other.come("a", "b").copies) == (1, 1)
+    assert (one.claim("a").tries, other.claim("a").tries) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +374,7 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
 def test_what_a_full_redis_refuses_stands_in_no_log(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    once = ReplyOnce(RedisAnswers(own_redis.url, APPID), lambda _: WAIT)
+    once = once_over(own_redis.url)
 
     def run() -> list[bytes]:
         own_redis.ask("CONFIG", "SET", "maxmemory", "1")
@@ -419,9 +424,9 @@ def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str) -> 
 
 def test_a_url_may_say_the_database_who_asks_and_how_tls_is_checked(redis_url: str) -> None:
     base = redis_url.removesuffix("/0")
-    RedisAnswers(f"{base}?db=1&username=default", APPID).come("a", "b")
-    assert RedisAnswers(redis_url, APPID).come("a", "b").copies == 1
-    assert RedisAnswers(f"{base}/1", APPID).come("a", "b").copies == 2
+    RedisAnswers(f"{base}?db=1&username=default", APPID).claim("a")
+    assert RedisAnswers(redis_url, APPID).claim("a").tries == 1
+    assert RedisAnswers(f"{base}/1", APPID).claim("a").tries == 2
     RedisAnswers("rediss://h?password=p4ss&ssl_cert_reqs=none&ssl_check_hostname=no", APPID)
 
 

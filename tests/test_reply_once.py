@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -10,9 +11,10 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
@@ -21,8 +23,10 @@ import pytest
 from conftest import ROOT, Run, message_xml
 from serving import until
 
+import reply_late
 import reply_once
 from reply_journal import Journal
+from reply_late import LateAnswers, LateFiles, NothingLate
 from reply_once import ReplyOnce
 from wxmessage import from_xml
 
@@ -60,15 +64,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "replies"
 
 
+def write(message: Message, reply: Any, late: bool) -> list[bytes]:
+    return [reply.encode()] if isinstance(reply, str) else reply
+
+
+def once_with(journal: Journal, folder: Path, **more: Any) -> ReplyOnce:
+    settings = {"timeout": PATIENCE, **more}
+    store = settings.pop("store", None) or LateFiles(folder / "late")
+    late = LateAnswers(store, settings.pop("push", None))
+    return ReplyOnce(journal, late, write, WAIT.decode(), **settings)
+
+
 def make(folder: Path, **more: Any) -> ReplyOnce:
-    return ReplyOnce(Journal(folder), lambda _: WAIT, **{"patience": PATIENCE, **more})
+    return once_with(Journal(folder), folder, **more)
 
 
 def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
     """Send a message as WeChat does, and return what came of each copy until one was answered."""
     with ThreadPoolExecutor() as threads:
         came: list[Future[bytes | None]] = []
-        for _ in range(reply_once.COPIES):
+        for _ in range(reply_once.TRIES):
             came.append(threads.submit(once.answer, dict(sent), run))
             try:
                 if came[-1].result(timeout=PATIENCE) is not None:
@@ -79,17 +94,26 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.is_file()}
+    paths = {path for path in folder.rglob("*") if path.is_file()}
+    return {path.name for path in paths if path.name != ".marks"}
+
+
+def late_answers(folder: Path) -> int:
+    """Count the late answers that are there."""
+    return sum(p.read_bytes().startswith(b"answer") for p in folder.glob("late/*/[!.]*"))
 
 
 def few(folder: Path, most: int) -> bool:
-    """Tell whether there are fewer files than that, and no more answers than there may be."""
-    answers = {name for name in files(folder) if name.startswith("answers.")}
-    return len(files(folder) - answers) < most and len(answers) < most
+    return len(files(folder)) < most
+
+
+def journals(folder: Path) -> list[Path]:
+    """Return the journal's files in their order."""
+    return sorted(folder.glob("journal.*[0-9]"))
 
 
 def claims(folder: Path) -> int:
-    return (folder / "journal.1").read_bytes().count(b"\0? ")
+    return journals(folder)[-1].read_bytes().count(b"\0? ")
 
 
 def test_every_copy_gets_the_same_bytes_from_one_run(folder: Path) -> None:
@@ -122,7 +146,9 @@ def test_other_messages_and_the_same_id_of_another_follower_run_for_themselves(
     assert bot.runs == 4
 
 
-def test_events_are_told_apart_by_follower_second_event_and_key(folder: Path) -> None:
+def test_events_that_differ_in_any_field_are_different_and_a_retry_is_the_same(
+    folder: Path,
+) -> None:
     once, bot = make(folder), Counted(b"a")
     different = [
         event(),
@@ -130,17 +156,29 @@ def test_events_are_told_apart_by_follower_second_event_and_key(folder: Path) ->
         event(CreateTime="2"),
         event(Event="VIEW"),
         event(EventKey="b"),
+        event(Event="user_get_card", CardId="c", UserCardCode="1"),
+        event(Event="user_get_card", CardId="c", UserCardCode="2"),
+        event(Event="TEMPLATESENDJOBFINISH", MsgID="1"),
+        event(Event="TEMPLATESENDJOBFINISH", MsgID="2"),
+        event(Event="user_authorization_revoke", OpenID="o1"),
+        event(Event="user_authorization_revoke", OpenID="o2"),
+        event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "1"}},
+        event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "2"}},
+        event() | {"SendPicsInfo": {"PicList": {"item": [{"PicMd5Sum": "1"}, {"PicMd5Sum": "2"}]}}},
+        event() | {"SendPicsInfo": {"PicList": {"item": [{"PicMd5Sum": "2"}, {"PicMd5Sum": "1"}]}}},
     ]
     for each in different * 3:
         once.answer(dict(each), bot)
     assert bot.runs == len(different)
 
 
-def test_a_message_that_nothing_tells_apart_runs_every_time(folder: Path) -> None:
-    once, bot, nameless = make(folder), Counted(b"a"), message()
-    del nameless["MsgId"]
-    assert [once.answer(nameless, bot) for _ in range(3)] == [b"a"] * 3
-    assert bot.runs == 3
+def test_a_message_without_an_id_is_told_apart_by_its_fields(folder: Path) -> None:
+    once, bot = make(folder), Counted(b"a")
+    for content in ("one", "other", "one"):
+        nameless = message(Content=content)
+        del nameless["MsgId"]
+        assert once.answer(nameless, bot) == b"a"
+    assert bot.runs == 2
 
 
 @pytest.mark.parametrize(
@@ -151,9 +189,7 @@ def test_no_id_leads_out_of_the_folder(folder: Path, msg_id: str) -> None:
     for _ in range(2):
         assert once.answer(message() | {"MsgId": msg_id}, bot) == b"a"
     assert bot.runs == 1
-    assert [path for path in folder.parent.rglob("*") if path.is_file()] == [
-        path for path in folder.iterdir() if path.is_file()
-    ]
+    assert files(folder.parent) == {path.name for path in folder.iterdir() if path.is_file()}
 
 
 COPIES = """
@@ -161,9 +197,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait", patience=8)
+from test_reply_once import make, message, once_with
+once = make(Path(sys.argv[1]), timeout=8)
 def run():
     with open(sys.argv[2], "a") as runs:
         runs.write("run\\n")
@@ -195,7 +230,7 @@ def test_copies_that_race_on_many_processes_are_one_run(
 def test_the_copy_that_waits_gets_the_answer_when_it_is_there(folder: Path, seconds: float) -> None:
     bot = Counted(b"answer", seconds=seconds * PATIENCE)
     came = send(make(folder), message(), bot)
-    assert came == [b"answer", *[None] * (int(seconds) - 1), b"answer"]
+    assert came == [*[None] * int(seconds), b"answer"]
     assert bot.runs == 1
 
 
@@ -205,7 +240,7 @@ def test_a_copy_is_never_told_that_there_is_no_reply_while_it_still_runs(folder:
         first = threads.submit(once.answer, message(), bot)
         until(lambda: bot.runs)
         assert once.answer(message(), bot) is None
-        assert first.result() == b"answer"
+        assert first.result() is None
     assert bot.runs == 1
 
 
@@ -213,7 +248,7 @@ def test_the_last_copy_is_told_to_wait_in_time_and_the_answer_waits_for_the_next
     folder: Path,
 ) -> None:
     once, bot = make(folder), Counted(b"late", seconds=4 * PATIENCE)
-    assert send(once, message(1), bot) == [b"late", None, WAIT]
+    assert send(once, message(1), bot) == [None, None, WAIT]
     other = Counted(b"other")
     assert once.answer(message(2, "bob"), other) == b"other"
     assert once.answer(event(), other) == b"other"
@@ -237,7 +272,7 @@ def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> N
 
 
 def test_dropped_is_dropped(folder: Path) -> None:
-    once, bot = make(folder, keep_late=False), Counted(b"late", seconds=4 * PATIENCE)
+    once, bot = make(folder, store=NothingLate()), Counted(b"late", seconds=4 * PATIENCE)
     assert send(once, message(1), bot)[-1] == WAIT
     assert once.answer(message(2), Counted(b"other")) == b"other"
 
@@ -251,13 +286,13 @@ def test_silence_that_is_late_keeps_nothing_waiting(folder: Path) -> None:
 
 def test_an_answer_that_nobody_came_back_for_waits_as_well(folder: Path) -> None:
     once = make(folder)
-    assert once.answer(message(1), Counted(b"late", seconds=3.5 * PATIENCE)) == b"late"
+    assert once.answer(message(1), Counted(b"late", seconds=3.5 * PATIENCE)) is None
     assert once.answer(message(2), Counted(b"other")) == b"late"
 
 
 def test_the_moment_of_the_last_word_and_of_the_answer_is_one_or_the_other(folder: Path) -> None:
     """The answer comes around the last word: it is got at once or with the next message."""
-    at = (2 + reply_once.LAST_WORD) * PATIENCE
+    at = (2 + reply_once.ANSWER_WITHIN) * PATIENCE
     with ThreadPoolExecutor(30) as threads:
 
         def follow(number: int) -> tuple[bytes | None, bytes | None, int]:
@@ -270,14 +305,91 @@ def test_the_moment_of_the_last_word_and_of_the_answer_is_one_or_the_other(folde
     assert set(results) <= {(b"answer", b"other", 1), (WAIT, b"answer", 1)}
 
 
+LOST = [set[int](), {1}, {2}, {3}, {1, 2}, {1, 3}, {2, 3}]
+MOMENTS = (0.5, 0.85, 0.95, 1.05, 1.5, 1.85, 1.95, 2.05, 2.5, 2.85, 2.95, 3.05, 3.15, 3.3, 4.0)
+
+
+def test_whichever_tries_are_lost_and_however_long_it_takes_the_answer_is_given_once(
+    folder: Path,
+) -> None:
+    """By a try while WeChat waits for it, or else with the follower's next message."""
+    timeout = 1.0
+    once, began = make(folder, timeout=timeout), time.monotonic() + 0.5
+
+    def send_try(sent: Message, bot: Counted) -> bytes | None:
+        gone = Event()
+        answering = threads.submit(once.answer, sent, bot, gone.is_set)
+        try:
+            return answering.result(timeout)
+        except futures.TimeoutError:  # WeChat hangs up
+            gone.set()
+            return None
+
+    def follow(lost: set[int], moment: float) -> list[bytes]:
+        follower = f"{moment}-{lost}".encode().hex()
+        bot = Counted(b"answer", seconds=moment * timeout)
+        sent, shown = message(1, follower), list[bytes]()
+        for number in (1, 2, 3):
+            time.sleep(max(began + (number - 1) * timeout - time.monotonic(), 0))
+            if number not in lost and (answer := send_try(sent, bot)) is not None:
+                shown.append(answer)
+                break
+        time.sleep(began + 7 * timeout - time.monotonic())
+        for number in (2, 3):
+            if answer := send_try(message(number, follower), Counted(b"other")):
+                shown.append(answer)
+        assert bot.runs == 1
+        return shown
+
+    with ThreadPoolExecutor(500) as threads:
+        cases = [(lost, moment) for lost in LOST for moment in MOMENTS]
+        results = [threads.submit(follow, *case) for case in cases]
+        for case, result in zip(cases, results, strict=True):
+            shown = result.result()
+            assert shown.count(b"answer") == 1, (case, shown)
+            told = [WAIT] if WAIT in shown else []
+            late = [b"answer", b"other"]
+            assert shown in ([b"answer", b"other", b"other"], told + late), (case, shown)
+
+
+def test_the_try_that_comes_when_the_last_is_due_is_told_to_wait(folder: Path) -> None:
+    """The second one was lost, so this is the second that is seen."""
+    once, bot = make(folder), Counted(b"late", seconds=4 * PATIENCE)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(once.answer, message(1), bot)
+        time.sleep(2 * PATIENCE)
+        assert once.answer(message(1), bot) == WAIT
+    assert once.answer(message(2), Counted(b"other")) == b"late"
+
+
+def test_an_answer_for_which_a_try_may_still_come_is_no_other_messages(folder: Path) -> None:
+    once, bot = make(folder), Counted(b"answer", seconds=1.2 * PATIENCE)
+    assert once.answer(message(1), bot) is None
+    assert once.answer(message(2), Counted(b"other")) == b"other"
+    assert once.answer(message(1), bot) == b"answer"
+    assert files(folder / "late") == set()
+
+
+def test_a_try_whose_client_has_gone_takes_no_answer(folder: Path) -> None:
+    once, bot, gone = make(folder), Counted(b"answer"), Event()
+
+    def run() -> list[bytes]:
+        gone.set()
+        return bot()
+
+    assert once.answer(message(1), run, gone.is_set) is None
+    assert once.answer(message(1), bot, lambda: True) is None
+    assert once.answer(message(1), bot) == b"answer"
+    assert bot.runs == 1
+
+
 OWNER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1])), lambda _: b"wait")
+from test_reply_once import make, message, once_with
+once = make(Path(sys.argv[1]), timeout=5)
 def run():
     print("running", flush=True)
     time.sleep(60)
@@ -292,7 +404,7 @@ def test_a_killed_owner_frees_the_message_and_the_copy_that_waits_runs_it_again(
     assert owner.stdout.readline() == "running\n"
     bot = Counted(b"again")
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(make(folder, patience=5.0).answer, message(), bot)
+        waiting = threads.submit(make(folder, timeout=5.0).answer, message(), bot)
         until(lambda: claims(folder) == 2)
         os.kill(owner.pid, signal.SIGKILL)
         assert waiting.result() == b"again"
@@ -306,7 +418,7 @@ def test_a_child_of_reply_that_outlives_the_killed_owner_holds_nothing(
     owner = run("-c", "import os" + forking, str(folder), str(ROOT / "tests"))
     assert [owner.stdout.readline() for _ in range(3)] == ["running\n", "0\n", "0\n"]
     os.kill(owner.pid, signal.SIGKILL)
-    assert make(folder, patience=5.0).answer(message(), Counted(b"again")) == b"again"
+    assert make(folder, timeout=5.0).answer(message(), Counted(b"again")) == b"again"
 
 
 def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path, run: Run) -> None:
@@ -320,7 +432,7 @@ def test_the_last_copy_can_run_it_and_still_say_the_last_word(folder: Path, run:
     began = time.monotonic()
     assert once.answer(message(), bot) == WAIT
     assert time.monotonic() - began < 2 * PATIENCE
-    until(lambda: files(folder / "late"))
+    until(lambda: late_answers(folder))
     assert once.answer(message(2), Counted(b"other")) == b"late"
     assert bot.runs == 1
 
@@ -437,10 +549,10 @@ def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:
 
 def turn(folder: Path, gone: Path) -> None:
     """Let messages come until a file is gone."""
-    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
+    journal, numbers = Journal(folder, remember=0.2), itertools.count(1000)
 
     def turned() -> bool:
-        journal.come(str(next(numbers)), "somebody")
+        journal.claim(str(next(numbers)))
         return not gone.exists()
 
     until(turned)
@@ -460,28 +572,13 @@ def test_old_files_are_swept_and_those_of_living_processes_are_not(folder: Path,
     assert few(folder, 8)
 
 
-def test_answers_are_kept_as_long_as_their_journal_and_no_longer(folder: Path) -> None:
-    journal, bot, old = Journal(folder), Counted(b"a"), time.time() - 60
-    assert make(folder).answer(message(), bot) == b"a"
-    (folder / "answers.0").touch()  # whoever removed its journal was killed before it was its turn
-    for name in ("answers.0", "answers.1"):
-        os.utime(folder / name, (old, old))
-    journal._sweep(last=2)
-    assert make(folder).answer(message(), bot) == b"a"
-    assert bot.runs == 1
-    assert not (folder / "answers.0").exists()
-    for name in ("answers.1", "journal.1"):
-        os.utime(folder / name, (old, old))
-    journal._sweep(last=2)
-    assert not files(folder) & {"answers.1", "journal.1"}
-
-
 def test_old_files_are_closed_without_the_garbage_collector(folder: Path) -> None:
-    journal, numbers = Journal(folder, keep=0.2), itertools.count(1000)
+    journal, numbers, seen = Journal(folder, remember=0.2), itertools.count(1000), set[Path]()
 
     def turned() -> bool:
-        journal.come(str(next(numbers)), "somebody")
-        return (folder / "journal.12").exists()
+        journal.claim(str(next(numbers)))
+        seen.update(journals(folder))
+        return len(seen) == 12
 
     before = len(os.listdir("/proc/self/fd"))
     gc.disable()
@@ -497,9 +594,10 @@ def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
     for follower in ("alice", "bob"):
         once.answer(message(1, follower), Counted(b"1", b"2", b"3"))
     [alices] = folder.glob("late/*alice")
-    old = time.time() - reply_once.KEEP_LATE - 60
-    os.utime(alices, (old, old))
-    turn(folder, alices)
+    old = time.time() - reply_late.KEEP_LATE - 60
+    for path in alices.iterdir():
+        os.utime(path, (old, old))
+    once = make(folder)
     assert once.answer(message(2, "alice"), other) == b"other"
     assert once.answer(message(2, "bob"), other) == b"2"
 
@@ -509,9 +607,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 from reply_journal import Journal
-from reply_once import ReplyOnce
-from test_reply_once import message
-once = ReplyOnce(Journal(Path(sys.argv[1]), keep=1.0), lambda _: b"wait")
+from test_reply_once import make, message, once_with
+once = once_with(Journal(Path(sys.argv[1]), remember=1.0), Path(sys.argv[1]), timeout=5)
 print("ready", flush=True)
 began = float(sys.stdin.readline())
 runs = open(sys.argv[2], "a")
@@ -546,13 +643,13 @@ def test_threads_that_are_the_first_of_a_process_see_one_journal(tmp_path: Path)
 
             def claim(name: str, journal: Journal = journal) -> None:
                 together.wait()
-                journal.come(name, "somebody")
-                journal.keep(name, [b"a"])
+                journal.claim(name)
+                journal.save(name, b"a")
 
             names = [f"message{n}" for n in range(8)]
             list(threads.map(claim, names))
             other = Journal(tmp_path / str(number))
-            assert [other.come(name, "somebody").parts for name in names] == [[b"a"]] * 8
+            assert [other.claim(name).answer for name in names] == [b"a"] * 8
 
 
 def test_an_owner_that_answers_and_dies_at_once_is_not_run_again(
@@ -563,45 +660,44 @@ def test_an_owner_that_answers_and_dies_at_once_is_not_run_again(
     owner = run("-c", slow, str(folder), str(ROOT / "tests"))
     assert owner.stdout.readline() == "running\n"
     journal, bot = Journal(folder), Counted(b"again")
-    lives = journal._lives
+    is_alive = journal.is_alive
 
-    def slowly(owners: bytes) -> bool:
+    def slowly(name: str) -> bool:
         if owner.poll() is None:
             owner.communicate("\n")
-        return lives(owners)
+        return is_alive(name)
 
-    monkeypatch.setattr(journal, "_lives", slowly)
-    assert ReplyOnce(journal, lambda _: WAIT).answer(message(), bot) == b"answer"
+    monkeypatch.setattr(journal, "is_alive", slowly)
+    assert once_with(journal, folder).answer(message(), bot) == b"answer"
     assert bot.runs == 0
 
 
 def test_a_file_whose_maker_was_killed_before_it_was_used_divides_nobody(folder: Path) -> None:
     old, bot = make(folder), Counted(b"a")
     old.answer(message(1), bot)
-    (folder / "journal.2").touch()
+    [used] = journals(folder)
+    (folder / f"journal.{int(used.suffix[1:]) + 1}").touch()
     new = make(folder)
     for number in (2, 3):
         assert [each.answer(message(number), bot) for each in (old, new)] == [b"a"] * 2
     assert bot.runs == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["journal.1~", "answers.1~", "journal.2.gz", "journal.", "notes.0"]
-)
+@pytest.mark.parametrize("name", ["journal.1~", "journal.2.gz", "journal.", "notes.0"])
 def test_files_of_somebody_else_do_no_harm(folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("notes")
     once, bot = make(folder), Counted(b"a")
     assert [once.answer(message(), bot) for _ in range(2)] == [b"a"] * 2
-    turn(folder, folder / "journal.1")
+    turn(folder, journals(folder)[0])
     assert bot.runs == 1
     assert (folder / name).exists()
 
 
 def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path) -> None:
-    sleeper, bot = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT), Counted(b"a")
+    sleeper, bot = once_with(Journal(folder, remember=0.2), folder), Counted(b"a")
     sleeper.answer(message(1), bot)
-    turn(folder, folder / "journal.1")
+    turn(folder, journals(folder)[0])
     assert [each.answer(message(2), bot) for each in (sleeper, make(folder))] == [b"a"] * 2
     assert bot.runs == 2
 
@@ -609,50 +705,52 @@ def test_a_process_that_slept_through_many_files_finds_the_last_one(folder: Path
 def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder: Path) -> None:
     """Every message is somewhere in the two files of that time."""
     bot, others = Counted(b"a"), Counted(b"a")
-    came: list[tuple[float, int]] = []
-    once = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+    came, seen = list[tuple[float, int]](), set[Path]()
+    once = once_with(Journal(folder, remember=1.0), folder)
     end = time.monotonic() + 3
     while time.monotonic() < end:
         came.append((time.monotonic(), len(came)))
         once.answer(message(len(came)), bot)
+        seen.update(journals(folder))
         time.sleep(0.005)
         began, number = random.choice(came)
         if number > 0 and time.monotonic() - began < 0.8:
-            new = ReplyOnce(Journal(folder, keep=1.0), lambda _: WAIT)
+            new = once_with(Journal(folder, remember=1.0), folder)
             assert new.answer(message(number), others) == b"a"
-    assert (folder / "journal.5").exists()
+    assert len(seen) > 3
     assert others.runs == 0
 
 
 def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: Path) -> None:
-    sleeper, owner = Journal(folder), Journal(folder, keep=0.2)
-    assert sleeper.come("first", "somebody").mine
-    for number in (1, 2):
-        turn(folder, folder / f"journal.{number}")
+    sleeper, owner = Journal(folder), Journal(folder, remember=0.2)
+    assert sleeper.claim("first").mine
+    for _ in range(2):
+        turn(folder, journals(folder)[0])
     numbers = itertools.count()
 
     def came() -> str:
         """Return the message after which the file was turned."""
         while True:
-            name, before = str(next(numbers)), files(folder)
-            assert owner.come(name, "somebody").mine
+            name, before = f"another{next(numbers)}", files(folder)
+            assert owner.claim(name).mine
             if any(path.startswith("journal") for path in files(folder) - before):
                 return name
 
     name = came()
-    assert not sleeper.come(name, "somebody").mine
+    assert not sleeper.claim(name).mine
 
 
 def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = Journal(folder, keep=0.2)
-    turn(folder, folder / "journal.1")
+    old = Journal(folder, remember=0.2)
+    old.claim("first")
+    turn(folder, journals(folder)[0])
     late = Journal(folder)
     numbers = late._numbers
     monkeypatch.setattr(late, "_numbers", lambda: [1, *numbers()])  # as listed before
-    assert old.come("a", "somebody").mine
-    assert not late.come("a", "somebody").mine
+    assert old.claim("a").mine
+    assert not late.claim("a").mine
     assert not (folder / "journal.1").exists()
 
 
@@ -674,16 +772,18 @@ def test_an_answer_that_takes_long_to_keep_waits_for_who_was_told_to_wait_meanwh
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once, other = make(folder), Counted(b"other")
-    keep = once._answers.keep
+    save = once._answers.save
 
-    def slowly(name: str, parts: list[bytes]) -> None:
+    def slowly(name: str, answer: bytes) -> None:
         time.sleep(0.3 * PATIENCE)
-        keep(name, parts)
+        save(name, answer)
 
-    monkeypatch.setattr(once._answers, "keep", slowly)
+    monkeypatch.setattr(once._answers, "save", slowly)
     with ThreadPoolExecutor() as threads:
         slow = Counted(b"answer", seconds=0.75 * PATIENCE)
-        copies = [threads.submit(once.answer, message(), slow) for _ in range(3)]
+        copies = [threads.submit(once.answer, message(), slow)]
+        until(lambda: slow.runs)
+        copies += [threads.submit(once.answer, message(), slow) for _ in range(2)]
         assert WAIT in [copy.result() for copy in copies]
     assert slow.runs == 1
     assert once.answer(message(2), other) == b"answer"
@@ -691,10 +791,10 @@ def test_an_answer_that_takes_long_to_keep_waits_for_who_was_told_to_wait_meanwh
 
 def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Path) -> None:
     bot = Counted(b"a")
-    one = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    one = once_with(Journal(folder, remember=0.2), folder)
     one.answer(message(1), bot)
     shutil.rmtree(folder)
-    other = ReplyOnce(Journal(folder, keep=0.2), lambda _: WAIT)
+    other = once_with(Journal(folder, remember=0.2), folder)
     numbers = itertools.count(2)
 
     def met() -> bool:
@@ -720,9 +820,8 @@ def test_processes_meet_again_when_the_folder_was_removed_under_them(folder: Pat
 def test_a_torn_record_takes_no_other_along(folder: Path, torn: bytes) -> None:
     before, bot = make(folder), Counted(b"a")
     assert before.answer(message(1), bot) == b"a"
-    for name in ("journal.1", "answers.1"):
-        with (folder / name).open("ab") as file:
-            file.write(torn)
+    with journals(folder)[0].open("ab") as file:
+        file.write(torn)
     for once in (before, make(folder)):
         assert [once.answer(message(n), bot) for n in (1, 2, 3)] == [b"a"] * 3
     assert bot.runs == 3
@@ -758,9 +857,122 @@ def test_a_full_disk_is_answered_without_the_guarantee(
     assert bot.runs == 5
 
 
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: what is over fails as on a full disk."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_disk_that_its_own_files_filled_heals_without_a_restart(folder: Path) -> None:
+    once, bot, numbers = once_with(Journal(folder, remember=0.4), folder), Counted(b"a"), count(2)
+    once.answer(message(1), Counted(b"x" * 1000))
+    with full_disk(journals(folder)[0].stat().st_size):
+        once.answer(message(2), bot)
+        assert bot.runs == 1
+
+        def is_remembered() -> bool:
+            runs, sent = bot.runs, message(next(numbers))
+            assert [once.answer(sent, bot) for _ in range(3)] == [b"a"] * 3
+            return bot.runs == runs + 1
+
+        until(is_remembered)
+
+
+def test_a_failed_write_of_an_answer_touches_its_message_alone(folder: Path) -> None:
+    once, other, go_on = make(folder, timeout=5.0), make(folder, timeout=0.1), Event()
+    failed, running, again = Counted(b"failed"), Event(), Counted(b"again")
+
+    def long() -> list[bytes]:
+        running.set()
+        assert go_on.wait(10)
+        return [b"long"]
+
+    def fail() -> list[bytes]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        return failed()
+
+    with ThreadPoolExecutor() as threads:
+        answering = threads.submit(once.answer, message(1), long)
+        assert running.wait(10)
+        with full_disk(10_000):
+            assert once.answer(message(2), fail) == b"failed"
+        assert other.answer(message(1), again) is None  # its owner is alive
+        assert once.answer(message(2), again) == b"failed"
+        go_on.set()
+        assert answering.result() == b"long"
+    assert again.runs == 0
+
+
+def test_a_process_whose_file_was_removed_gets_another_one(
+    folder: Path,
+) -> None:
+    once, other, again = make(folder, timeout=5.0), make(folder, timeout=0.1), Counted(b"again")
+    once.answer(message(1), bot := Counted(b"a"))
+    for path in folder.glob("process.*"):
+        path.unlink()
+    numbers = count(3)
+    until(lambda: [once.answer(message(next(numbers)), bot), *folder.glob("process.*")][1:])
+
+    def run() -> list[bytes]:
+        assert other.answer(message(2), again) is None
+        return [b"answer"]
+
+    assert once.answer(message(2), run) == b"answer"
+    assert again.runs == 0
+
+
+def test_a_journal_that_was_removed_or_cut_short_heals(folder: Path) -> None:
+    once, bot, numbers = once_with(Journal(folder, remember=0.4), folder), Counted(b"a"), count(9)
+
+    def is_remembered() -> bool:
+        runs, sent = bot.runs, message(next(numbers))
+        assert once.answer(sent, bot) == b"a"
+        return make(folder).answer(sent, bot) == b"a" and bot.runs == runs + 1
+
+    for harm in (Path.unlink, lambda path: os.truncate(path, 10)):
+        assert until(is_remembered)
+        for path in folder.glob("journal.*"):
+            harm(path)
+        until(is_remembered)
+
+
+QUEUES = """
+import os, sys, signal
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from reply_journal import Journal
+from test_reply_once import make, message
+once = make(Path(sys.argv[1]), timeout=5)
+save = once._answers.save
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+once._answers.save = die
+once.answer(message(), lambda: [b"answer", b"more"])
+"""
+
+
+def test_an_answer_that_was_kept_by_a_worker_that_was_killed_is_given_and_not_run_again(
+    folder: Path, run: Run
+) -> None:
+    owner, again = run("-c", QUEUES, str(folder), str(ROOT / "tests")), Counted(b"again")
+    owner.communicate()
+    once = make(folder, timeout=5.0)
+    assert once.answer(message(), again) == b"answer"
+    assert once.answer(message(2), again) == b"more"
+    assert again.runs == 0
+
+
 def test_files_are_private_and_small(folder: Path) -> None:
-    make(folder).answer(message(), Counted(b"x" * 500))
-    for path in folder.iterdir():
-        assert path.stat().st_mode & 0o777 == 0o600
-        assert path.stat().st_size < 750
+    make(folder).answer(message(), Counted(b"x" * 500, b"y"))
+    for path in folder.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
+        assert path.stat().st_size < 750 or path.is_dir() or path.name == ".marks"
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from conftest import (
     sealed,
     signed,
 )
-from serving import gunicorn, until
+from serving import gunicorn, nginx_site, until
 from webtest import TestApp
 
 import wxapi
@@ -216,3 +219,104 @@ def test_a_reply_of_six_seconds_reaches_the_follower_through_the_second_copy(
     assert out == "at last: hello\n"
     assert errors == "(try 1 of 3: no answer within 5 s; sent again)\n"
     assert (tmp_path / "runs").read_text() == "run\n"
+
+
+WAITING = """
+import os, time
+import wxconfig
+from wxserver import create_application
+
+def reply(message):
+    with open(os.environ["RUNS"], "a") as runs:
+        runs.write(message["Content"] + "\\n")
+    time.sleep(float(message["Content"].split()[1]))
+    return message["Content"]
+
+application = create_application(wxconfig.load(), reply)
+"""
+
+
+@pytest.mark.parametrize("worker_class", ["gthread", "sync"])
+@pytest.mark.parametrize("behind_nginx", [False, True])
+def test_a_request_whose_client_hung_up_before_its_turn_runs_nothing(
+    run: Run, tmp_path: Path, worker_class: str, behind_nginx: bool
+) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    arguments = f"--threads 1 --worker-class {worker_class}"
+    env = {"WEB_CONCURRENCY": "1", "GUNICORN_CMD_ARGS": arguments, "WX_TOKEN": TOKEN}
+    server = gunicorn(run, tmp_path, "waiting", RUNS=str(tmp_path / "runs"), **env).ready()
+    with contextlib.ExitStack() as stack:
+        base = server.base
+        if behind_nginx:
+            base = stack.enter_context(nginx_site(server, tmp_path)).base
+            until(lambda: server.ask(base=base, echostr="1") == (200, b"1"))
+        else:
+            assert server.ask(echostr="1") == (200, b"1")
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(server.ask, message_xml("first 1.5", MsgId="1"), base=base)
+            until(lambda: (tmp_path / "runs").exists())
+            with pytest.raises(OSError, match="timed out"):
+                server.ask(message_xml("second 0", MsgId="2"), base=base, timeout=0.5)
+            assert b"first" in first.result()[1]
+            last = threads.submit(server.ask, message_xml("third 0", MsgId="3"), base=base)
+            assert b"third" in last.result()[1]
+    assert (tmp_path / "runs").read_text().split() == ["first", "1.5", "third", "0"]
+    assert "[INFO] 503 Service Unavailable: the client hung up before its turn" in server.log
+    assert "WARNING" not in server.log
+
+
+@pytest.mark.parametrize("environ", [{}, {"gunicorn.socket": None}])
+def test_where_the_server_shows_no_connection_messages_run_as_ever(
+    tmp_path: Path, environ: dict[str, Any]
+) -> None:
+    app = make_app(tmp_path, Bot())
+    app.extra_environ.update(environ)
+    assert content(ask(app, 1)) == "hello 1"
+
+
+def test_what_matters_for_seconds_is_kept_in_systemds_folder_and_what_waits_is_not(
+    tmp_path: Path,
+) -> None:
+    app = make_app(tmp_path, Bot(LONG), runtime_dir=tmp_path / "run")
+    ask(app, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "state"]
+    assert list((tmp_path / "run" / "replies").glob("journal.*"))
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["late"]
+
+
+def test_parts_that_wechat_does_not_take_wait_and_the_text_says_so(
+    tmp_path: Path, fake_api: FakeApi
+) -> None:
+    """It takes five after a message, three after an event."""
+    for count, fields in (
+        (5, {}),
+        (3, {"MsgType": "event", "Event": "CLICK", "EventKey": "a"}),
+    ):
+        account = {"appid": APPID, "appsecret": APPSECRET, "api_base": fake_api.base}
+        bot, before = Bot("x" * 20_000), len(fake_api.calls)
+        app = make_app(tmp_path / str(count), bot, late="push", **account)
+        texts = [content(ask(app, 1, **fields))]
+        until(lambda c=count, b=before: len(fake_api.calls) == b + c)
+        texts += [json.loads(body)["text"]["content"] for _, _, body in fake_api.calls[before:]]
+        assert all(text.endswith("x…（未完）") for text in texts[:-1])
+        assert texts[-1].endswith("x…（未完，发送任意消息继续）")
+        assert content(ask(app, 2)).startswith("x")
+        assert bot.runs == 1
+
+
+def test_an_answer_to_an_event_that_another_message_gets_has_one_article(tmp_path: Path) -> None:
+    clock, config = [float(NOW)], Config(token=TOKEN, state_dir=tmp_path / "state")
+    near, far = socket.socketpair()
+
+    def hang_up(message: dict[str, Any]) -> Any:
+        far.close()
+        return wxmessage.news([{"Title": str(number)} for number in range(8)])
+
+    application = create_application(config, hang_up, lambda: clock[0])
+    event = message_xml(MsgType="event", Event="CLICK", EventKey="a")
+    with near:
+        app = TestApp(application, extra_environ={"gunicorn.socket": near})
+        app.post(f"/wx?{signed()}", event, status=503)
+    clock[0] += 20
+    late = from_xml(ask(TestApp(application), 1))
+    assert (late["ArticleCount"], late["Articles"]) == ("1", {"item": {"Title": "0"}})

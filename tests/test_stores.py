@@ -5,13 +5,11 @@ Machines are processes and objects that share nothing but the store: one state_d
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,14 @@ from typing import Any
 import pytest
 from conftest import APPID, APPSECRET, TOKEN, Run, config_for
 from serving import until
-from test_reply_once import PATIENCE, WAIT, Counted, message, send
+from test_reply_once import PATIENCE, WAIT, Counted, event, message, send, write
 
 import redis_store
 import token_store
+from reply_answers import Answers
 from reply_journal import Journal
-from reply_once import Answers, ReplyOnce
+from reply_late import LateAnswers, LateFiles, LateStore
+from reply_once import ReplyOnce
 from token_store import TokenError, TokenStore
 from wxconfig import Config
 from wxsim.fake_api import FakeApi
@@ -69,8 +69,13 @@ class Shared:
     def answers(self) -> Answers:
         return answers(self.config())
 
+    def late(self) -> LateAnswers:
+        return LateAnswers(late_store(self.config(), self.folder))
+
     def once(self, **more: Any) -> ReplyOnce:
-        return ReplyOnce(self.answers(), lambda _: WAIT, **{"patience": PATIENCE, **more})
+        settings = {"timeout": PATIENCE, "late": self.late(), **more}
+        late, answers = settings.pop("late"), self.answers()
+        return ReplyOnce(answers, late, write, WAIT.decode(), **settings)
 
     def process(self, run: Run, script: str, *arguments: str) -> Any:
         """Start a process on another machine, and wait until it says that it is ready."""
@@ -83,13 +88,19 @@ class Shared:
 BEGIN = """
 import os, sys, time
 import redis_store, reply_journal, token_store, wxconfig
+from pathlib import Path
+from reply_late import LateAnswers, LateFiles
 from reply_once import ReplyOnce
 config = wxconfig.load()
 if config.redis:
-    answers = redis_store.answers(config)
+    answers, store = redis_store.answers(config), redis_store.late(config)
 else:
     answers = reply_journal.Journal(config.state_dir / "replies")
-once = ReplyOnce(answers, lambda _: b"wait", patience=8)
+    store = LateFiles(config.state_dir.parent.parent / "late")
+late = LateAnswers(store)
+def write(message, reply, late):
+    return [reply.encode()] if isinstance(reply, str) else reply
+once = ReplyOnce(answers, late, write, "wait", timeout=8)
 def message(number=1):
     account = {"ToUserName": "gh_97417a04a28d", "FromUserName": "alice"}
     return {**account, "MsgType": "text", "MsgId": str(number)}
@@ -103,6 +114,10 @@ def answers(config: Config) -> Answers:
     if config.redis:
         return redis_store.answers(config)
     return Journal(config.state_dir / "replies")
+
+
+def late_store(config: Config, folder: Path) -> LateStore:
+    return redis_store.late(config) if config.redis else LateFiles(folder / "late")
 
 
 def go(processes: list[Any]) -> list[str]:
@@ -315,13 +330,34 @@ def test_copies_that_race_on_many_processes_are_one_run(
     assert runs.read_text().count("run") == 4
 
 
-def test_each_copy_is_counted_wherever_it_comes(shared: Shared) -> None:
-    came = [shared.answers().come(NAME, WHO) for _ in range(3)]
-    assert [(found.copies, found.mine, found.parts) for found in came] == [
+def test_each_try_is_counted_wherever_it_comes(shared: Shared) -> None:
+    states = [shared.answers().claim(NAME) for _ in range(3)]
+    assert [(state.tries, state.mine, state.answer) for state in states] == [
         (1, True, None),
         (2, False, None),
         (3, False, None),
     ]
+    assert all(0 <= state.age < 5 for state in states)
+
+
+def test_different_events_of_one_second_run_and_a_retry_does_not(shared: Shared) -> None:
+    bot, sent = (
+        Counted(b"a"),
+        [
+            event(Event="user_get_card", CardId="c", UserCardCode="1"),
+            event(Event="user_get_card", CardId="c", UserCardCode="2"),
+            event(Event="TEMPLATESENDJOBFINISH", MsgID="1"),
+            event(Event="TEMPLATESENDJOBFINISH", MsgID="2"),
+            event(Event="user_authorization_revoke", OpenID="o1"),
+            event(Event="user_authorization_revoke", OpenID="o2"),
+            event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "1"}},
+            event() | {"ScanCodeInfo": {"ScanType": "qrcode", "ScanResult": "2"}},
+        ],
+    )
+    for _ in range(2):
+        for each in sent:
+            assert shared.once().answer(dict(each), bot) == b"a"
+    assert bot.runs == len(sent)
 
 
 OWNER = """
@@ -337,7 +373,7 @@ def test_a_killed_owners_message_is_taken_over_within_seconds(
     shared: Shared, run: Run, waits: bool
 ) -> None:
     """By a copy that waits, or by one that comes later."""
-    owner, bot, once = shared.process(run, OWNER), Counted(b"again"), shared.once(patience=5.0)
+    owner, bot, once = shared.process(run, OWNER), Counted(b"again"), shared.once(timeout=5.0)
     if not waits:
         os.kill(owner.pid, signal.SIGKILL)
     with ThreadPoolExecutor(1) as pool:
@@ -354,15 +390,15 @@ def test_a_run_is_its_owners_however_long_it_takes(
     monkeypatch.setattr(redis_store, "LEASE", 0.5)  # which is renewed
     bot = Counted(b"answer", seconds=2.0)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(shared.once(patience=8.0).answer, message(), bot)
+        first = pool.submit(shared.once(timeout=8.0).answer, message(), bot)
         until(lambda: bot.runs)
-        assert shared.once(patience=8.0).answer(message(), Counted(b"other")) == b"answer"
+        assert shared.once(timeout=8.0).answer(message(), Counted(b"other")) == b"answer"
         assert first.result() == b"answer"
 
 
 def test_a_late_answer_is_picked_up_from_another_machine(shared: Shared) -> None:
     bot, other = Counted(b"late", seconds=4 * PATIENCE), Counted(b"other")
-    assert send(shared.once(), message(1), bot) == [b"late", None, WAIT]
+    assert send(shared.once(), message(1), bot) == [None, None, WAIT]
     assert shared.once().answer(message(2, "bob"), other) == b"other"
     assert shared.once().answer(message(3), other) == b"late"
     assert shared.once().answer(message(3), other) == b"late"
@@ -370,15 +406,15 @@ def test_a_late_answer_is_picked_up_from_another_machine(shared: Shared) -> None
     assert (bot.runs, other.runs) == (1, 2)
 
 
-def test_an_answer_whose_rest_cannot_be_put_is_there_for_the_copies(
+def test_an_answer_whose_rest_cannot_be_kept_is_there_for_the_other_tries(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def put(*_: object) -> None:
+    def write(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    full, bot = shared.answers(), Counted(b"1", b"2")
-    monkeypatch.setattr(full, "put", put)
-    once = ReplyOnce(full, lambda _: WAIT, patience=PATIENCE)
+    full, bot = late_store(shared.config(), shared.folder), Counted(b"1", b"2")
+    monkeypatch.setattr(full, "write", write)
+    once = shared.once(late=LateAnswers(full))
     assert once.answer(message(), bot) == shared.once().answer(message(), bot) == b"1"
     assert bot.runs == 1
 
@@ -390,78 +426,130 @@ def test_a_text_in_parts_goes_on_on_any_machine(shared: Shared) -> None:
     assert came == [b"1", b"2", b"3", b"3", b"2", b"other"]
 
 
-def test_the_last_word_or_the_answer_is_first_for_all_who_look(shared: Shared) -> None:
+def test_the_wait_notice_or_the_answer_is_first_for_all_who_look(shared: Shared) -> None:
     def meet(number: int) -> set[bool]:
         name, one, other = f"{NAME}{number}", shared.answers(), shared.answers()
-        one.come(name, WHO)
-        other.come(name, WHO)
+        one.claim(name)
+        other.claim(name)
         barrier = threading.Barrier(2)
 
-        def together(say: Callable[[], Any]) -> bool:
+        def tell() -> bool:
             barrier.wait()
-            say()
-            return shared.answers().come(name, WHO).late
+            return one.tell_to_wait(name).told_to_wait
+
+        def save() -> bool:
+            barrier.wait()
+            other.save(name, b"answer")
+            return other.look(name).told_to_wait
 
         with ThreadPoolExecutor(2) as pool:
-            told = pool.submit(together, lambda: one.tell_late(name))
-            kept = pool.submit(together, lambda: other.keep(name, [b"answer"]))
-        found = one.look(name)
-        assert found.parts == [b"answer"]
-        return {found.late, other.look(name).late, one.tell_late(name).late} | (
-            {told.result()} if told.result() else {kept.result(), found.late}
-        )
+            told, saved = pool.submit(tell), pool.submit(save)
+        states = [one.look(name), other.look(name), shared.answers().claim(name)]
+        assert {state.answer for state in states} == {b"answer"}
+        return {told.result(), saved.result(), *(state.told_to_wait for state in states)}
 
     for number in range(20):
         assert len(meet(number)) == 1
 
 
-def test_parts_wait_in_order_for_their_follower_alone(shared: Shared) -> None:
-    one, other = shared.answers(), shared.answers()
-    assert not one.come(f"{NAME}0", WHO).waiting
-    for order, part in (("2.1", b"c"), ("1.1", b"b"), ("2.2", b"d"), ("1.0", b"a\n\xff")):
-        one.put(WHO, order, part)
-    assert other.come(f"{NAME}1", WHO).waiting
-    assert not other.come(f"{NAME}2", f"{WHO}2").waiting
-    given: list[bytes | None] = []
-    for answers in (one, other, one, other, one):
-        with answers.waiting(WHO) as given_now:
-            given.append(given_now)
-    assert given == [b"a\n\xff", b"b", b"c", b"d", None]
+def test_late_answers_come_in_order_for_their_follower_alone(shared: Shared) -> None:
+    one, other = shared.late(), shared.late()
+    one.put(WHO, "2", [b"c", b"d"], seen=2.0, free_at=0.0)
+    one.put(WHO, "1", [b"a\n\xff", b"b"], seen=1.0, free_at=0.0)
+    one.put(WHO, "0", [b"not yet"], seen=0.0, free_at=time.time() + 60)
+    given: list[bytes] = []
+    assert not other.give_next(f"{WHO}2", given.append)
+    assert [late.give_next(WHO, given.append) for late in (one, other) * 3] == [True] * 4 + [
+        False
+    ] * 2
+    assert given == [b"a\n\xff", b"b", b"c", b"d"]
 
 
 def test_a_part_that_is_being_given_is_nobody_elses_and_stays_if_it_fails(shared: Shared) -> None:
-    one, other = shared.answers(), shared.answers()
-    one.put(WHO, "1", b"part")
-    with contextlib.suppress(RuntimeError), one.waiting(WHO) as part:
+    one, other = shared.late(), shared.late()
+    one.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
+
+    def fail(part: bytes) -> None:
         assert part == b"part"
-        with other.waiting(WHO) as second:
-            assert second is None
+        assert not other.give_next(WHO, fail)
         raise RuntimeError("errcode 48001")
-    with other.waiting(WHO) as part:
-        assert part == b"part"
-    with one.waiting(WHO) as part:
-        assert part is None
+
+    with pytest.raises(RuntimeError):
+        one.give_next(WHO, fail)
+    given: list[bytes] = []
+    assert other.give_next(WHO, given.append)
+    assert not one.give_next(WHO, given.append)
+    assert given == [b"part"]
 
 
 GIVER = """
-with answers.waiting("gh_1+alice") as part:
-    ready()
+late.give_next("gh_1+alice", lambda part: ready())
 """
 
 
-def test_what_a_killed_process_was_giving_goes_on_waiting(shared: Shared, run: Run) -> None:
-    mine = shared.answers()
-    mine.put(WHO, "1", b"part")
+def test_what_a_killed_process_was_giving_stays(shared: Shared, run: Run) -> None:
+    mine = shared.late()
+    mine.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
     giver = shared.process(run, GIVER)
-    with mine.waiting(WHO) as part:
-        assert part is None
+    given: list[bytes] = []
+    assert not mine.give_next(WHO, given.append)
     giver.kill()
+    assert until(lambda: mine.give_next(WHO, given.append))
+    assert given == [b"part"]
 
-    def take() -> bytes | None:
-        with mine.waiting(WHO) as part:
-            return part
 
-    assert until(take) == b"part"
+def test_a_follower_who_was_told_to_wait_and_writes_again_gets_the_answer_once(
+    shared: Shared,
+) -> None:
+    """It is not run as a question; the next one is."""
+    bot, other = Counted(b"late", seconds=4.0 * PATIENCE), Counted(b"other")
+    with ThreadPoolExecutor() as pool:
+        assert send(shared.once(), message(1), bot) == [None, None, WAIT]
+        asked = pool.submit(send, shared.once(), message(2), other)
+        assert asked.result()[-1] == b"late"
+    assert shared.once().answer(message(2), other) == b"late"
+    assert shared.once().answer(message(3), other) == b"other"
+    assert (bot.runs, other.runs) == (1, 1)
+
+
+def test_a_follower_who_writes_again_long_before_the_answer_is_told_to_wait_again(
+    shared: Shared,
+) -> None:
+    bot, other = Counted(b"late", seconds=8.0 * PATIENCE), Counted(b"other")
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(send, shared.once(), message(1), bot)
+        until(lambda: bot.runs)
+        time.sleep(3 * PATIENCE)
+        assert send(shared.once(), message(2), other)[-1] == WAIT
+        assert running.result()[-1] == WAIT
+    assert shared.once().answer(message(3), other) == b"late"
+    assert shared.once().answer(message(4), other) == b"other"
+    assert (bot.runs, other.runs) == (1, 1)
+
+
+def test_a_pending_answer_whose_owner_died_holds_nobody_up(shared: Shared, run: Run) -> None:
+    owner, other = shared.process(run, OWNER), Counted(b"other")
+    assert send(shared.once(), message(1), other)[-1] == WAIT
+    owner.kill()
+    owner.wait()
+    once = shared.once(timeout=5.0)
+    assert once.answer(message(2), other) == b"other"
+    assert other.runs == 1
+
+
+@pytest.mark.parametrize("late_by", [1.0, 4.0])
+def test_what_waits_for_a_follower_who_leaves_is_dropped_pending_or_not(
+    shared: Shared, late_by: float
+) -> None:
+    bot, other = Counted(b"late", seconds=(3 + late_by) * PATIENCE), Counted(b"other")
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(send, shared.once(), message(1), bot)
+        until(lambda: bot.runs)
+        time.sleep(3 * PATIENCE + (0 if late_by > 2 else 2 * PATIENCE))
+        shared.once().answer(event(Event="unsubscribe"), list)
+        assert running.result()[-1] == WAIT
+    time.sleep(0.2)
+    assert shared.once().answer(message(2), other) == b"other"
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # that is the point of it
@@ -471,7 +559,7 @@ def test_a_child_that_a_reply_forked_does_not_keep_its_message(shared: Shared, r
     bot = Counted(b"again")
     try:
         os.kill(owner.pid, signal.SIGKILL)
-        assert shared.once(patience=5.0).answer(message(), bot) == b"again"
+        assert shared.once(timeout=5.0).answer(message(), bot) == b"again"
         os.kill(child, 0)  # it lives
     finally:
         os.kill(child, signal.SIGKILL)

@@ -325,3 +325,10 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path:
     os.symlink(tmp_path / "file", tmp_path / "callback_token")
     with pytest.raises(ConfigError, match=r"\[server\] state_dir"):
         callback_token(Config(state_dir=tmp_path))
+
+
+def test_the_first_of_systemds_runtime_folders_is_used(tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text("")
+    assert load(tmp_path / "config.ini", {}).runtime_dir is None
+    environ = {"RUNTIME_DIRECTORY": "/run/wxserver:/run/other"}
+    assert load(tmp_path / "config.ini", environ).runtime_dir == Path("/run/wxserver")
