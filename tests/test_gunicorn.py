@@ -229,3 +229,17 @@ def test_what_is_not_turned_on_is_not_imported(run: Run) -> None:
     loaded = set(out.split())
     assert "wxmessage" in loaded
     assert not loaded & {"token_store", "wxapi", "urllib.request", "wsgiref", "argparse", "ssl"}
+
+
+def test_a_malformed_request_line_stays_out_of_the_error_log(server: Server) -> None:
+    secret, openid = "0123456789abcdef", "o9AgO5Kd5ggOC"
+    for line in (
+        f"GET /cgi-bin/token?secret={secret}&openid={openid}&note=你好 HTTP/1.1",
+        f"GET /wx?signature={secret} {openid} HTTP/1.1",
+        f"BR?EW /wx?signature={secret}&openid={openid} HTTP/1.1",
+        f"GET /wx HTTP/1.1\r\nX {secret}: {openid}",
+    ):
+        server.raw(f"{line}\r\nHost: a\r\n\r\n".encode())
+    until(lambda: "Invalid request from ip=127.0.0.1: Invalid HTTP request line" in server.log)
+    assert secret not in server.log
+    assert openid not in server.log

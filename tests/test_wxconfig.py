@@ -332,3 +332,15 @@ def test_the_first_of_systemds_runtime_folders_is_used(tmp_path: Path) -> None:
     assert load(tmp_path / "config.ini", {}).runtime_dir is None
     environ = {"RUNTIME_DIRECTORY": "/run/wxserver:/run/other"}
     assert load(tmp_path / "config.ini", environ).runtime_dir == Path("/run/wxserver")
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o377])
+def test_state_dir_is_its_owners_alone_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    config = Config(state_dir=tmp_path / "srv" / "state")
+    config.state_dir.parent.mkdir()
+    before = os.umask(umask)
+    try:
+        wxconfig.make_state_dir(config)
+    finally:
+        os.umask(before)
+    assert config.state_dir.stat().st_mode & 0o777 == 0o700
