@@ -363,7 +363,7 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
     fake_api: FakeApi, tmp_path: Path, run: Run
 ) -> None:
     env = config_for(fake_api, tmp_path, WX_REDIS=nowhere())
-    command = (str(ROOT / "wxserver.py"), "check", "--url", "http://127.0.0.1:1/wx")
+    command = ("-m", "wxsim", "check", "--url", "http://127.0.0.1:1/wx")
     out, err = run(*command, env=env).communicate()
     assert "FAIL  token: cannot write Redis at 127.0.0.1:" in out
     assert "FAIL  callback: [wechat] token: with [shared] redis set it" in out
