@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -54,13 +54,13 @@ _Path: TypeAlias = tuple[_Element, ...]
 
 @dataclass(slots=True)
 class _Leaf:
-    """A text of the body: a CDATA section, or a bare one, which has no other ends."""
+    """A text of the body: a CDATA section, which may end at several places, or a bare text."""
 
     parents: _Path
     name: str
     start: int
     end: int
-    other_ends: Iterator[int] | None = None
+    is_cdata: bool = False
 
 
 def from_xml(body: bytes) -> Message:
@@ -86,9 +86,9 @@ def from_xml(body: bytes) -> Message:
 def _read(text: str, start: int) -> Message:
     """Read the element at ``start``, after which nothing may follow in ``text``.
 
-    A CDATA section is first taken to end where it can. Where the reading cannot go on, the last
-    section that may also end elsewhere does so, and the reading goes on from there. Of all readings
-    the simplest is right.
+    A CDATA section is first taken to end at its first end mark. Where the reading cannot go on, the
+    last section that has another end mark ends there, and the reading goes on after it. Of all
+    readings the simplest is right.
 
     Raises:
         MessageError: there is none.
@@ -103,7 +103,9 @@ def _read(text: str, start: int) -> Message:
                 place = _read_tag(text, position, parents, leaves)
             elif not text[position:].strip():
                 message, lowest_cost = _tree(text, leaves), _cost(text, leaves)
-        place = place or _end_elsewhere(leaves)
+                if not lowest_cost[1]:  # no text looks like XML: there is no simpler reading
+                    break
+        place = place or _end_elsewhere(text, leaves)
         if not place:
             break
         parents, position = place
@@ -138,8 +140,7 @@ def _read_tag(
         return (parents[:-1], tag.end()) if end_tag == parents[-1].name else None
     if is_cdata:
         if parents and not _is_typed(name, parents, leaves):
-            start = tag.end()
-            leaves.append(_Leaf(parents, name, start, start, _ends(text, name, start)))
+            leaves.append(_Leaf(parents, name, tag.end(), tag.end() - 1, is_cdata=True))
         return None
     if is_empty or (bare is not None and "]]>" not in bare):
         leaves.append(_Leaf(parents, name, *tag.span(5)))
@@ -166,34 +167,16 @@ def _is_typed(name: str, parents: _Path, leaves: list[_Leaf]) -> bool:
     return any(leaf.name == name and leaf.parents == parents for leaf in leaves)
 
 
-def _end_elsewhere(leaves: list[_Leaf]) -> tuple[_Path, int] | None:
-    """Let the last CDATA section that has another place to end do so; return as ``_read_tag``."""
+def _end_elsewhere(text: str, leaves: list[_Leaf]) -> tuple[_Path, int] | None:
+    """Let the last CDATA section that can do so end at its next place; return as ``_read_tag``."""
     while leaves:
         leaf = leaves[-1]
-        if leaf.other_ends and (end := next(leaf.other_ends, None)) is not None:
+        end_mark = f"]]></{leaf.name}>"
+        if leaf.is_cdata and (end := text.find(end_mark, leaf.end + 1)) >= 0:
             leaf.end = end
-            return leaf.parents, end + len(f"]]></{leaf.name}>")
+            return leaf.parents, end + len(end_mark)
         leaves.pop()
     return None
-
-
-def _ends(text: str, name: str, start: int) -> Iterator[int]:
-    """Yield where a CDATA section of ``name`` that begins at ``start`` may end.
-
-    The ends that leave open no other section of the name come first, for a follower may have pasted
-    a whole message.
-    """
-    end_mark, start_mark = f"]]></{name}>", f"<{name}><![CDATA["
-    others, open_sections, position = [], 0, start
-    while (end := text.find(end_mark, position)) >= 0:
-        open_sections += text.count(start_mark, position, end)
-        position = end + len(end_mark)
-        if open_sections:
-            open_sections -= 1
-            others.append(end)
-        else:
-            yield end
-    yield from reversed(others)
 
 
 def _tree(text: str, leaves: list[_Leaf]) -> Message:
@@ -207,8 +190,7 @@ def _tree(text: str, leaves: list[_Leaf]) -> Message:
                 nodes[path] = {}
                 _add(nodes[path[:-1]], path[-1].name, nodes[path])
         value = text[leaf.start : leaf.end]
-        is_cdata = leaf.other_ends is not None
-        value = value.replace(_ESCAPED_END, "]]>") if is_cdata else html.unescape(value)
+        value = value.replace(_ESCAPED_END, "]]>") if leaf.is_cdata else html.unescape(value)
         _add(nodes[leaf.parents], leaf.name, value)
     return root
 
