@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,8 @@ def test_parts_that_wechat_does_not_take_wait_and_the_text_says_so(
         app = make_app(tmp_path / str(count), bot, late="push", **account)
         texts = [content(ask(app, 1, **fields))]
         until(lambda c=count, b=before: len(fake_api.calls) == b + c)
+        # The last call has come in, and its answer may still be on the way back.
+        until(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
         texts += [json.loads(body)["text"]["content"] for _, _, body in fake_api.calls[before:]]
         assert all(text.endswith("x…（未完）") for text in texts[:-1])
         assert texts[-1].endswith("x…（未完，发送任意消息继续）")
