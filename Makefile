@@ -6,7 +6,7 @@ bin = .venv/bin
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; this is $$($(PYTHON) --version)" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \

@@ -56,16 +56,16 @@ logging.getLogger("gunicorn.error").filters = [_without_request]  # and no secon
 
 def on_starting(_server: Any) -> None:
     """Let a wrong config.ini stop the start with one line, before there is a worker."""
-    import wxconfig
-    import wxcrypto
+    import wechat.config
+    import wechat.crypto
 
     try:
-        config = wxconfig.load()
-        wxcrypto.from_config(config)
-        wxconfig.callback_token(config)
+        config = wechat.config.load()
+        wechat.crypto.from_config(config)
+        wechat.config.callback_token(config)
         if config.redis:
-            import redis_store
+            import wechat.redis_store
 
-            redis_store.check(config)
-    except wxconfig.ConfigError as error:
+            wechat.redis_store.check(config)
+    except wechat.config.ConfigError as error:
         sys.exit(f"wxserver: {error}")

@@ -1,11 +1,11 @@
 """What the account answers. This is the file to edit.
 
 A message is a dict of WeChat's own names (README, "Writing your own replies"). Return a str to
-answer with text, None to stay silent, or what a builder of wxmessage makes: text, image, voice,
-video, music, news, transfer_customer_service.
+answer with text, None to stay silent, or what a builder of wechat.message makes: text, image,
+voice, video, music, news, transfer_customer_service.
 """
 
-from wxmessage import Message, Reply, image, voice
+from wechat.message import Message, Reply, image, voice
 
 
 def reply(message: Message) -> Reply:

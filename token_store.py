@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 if TYPE_CHECKING:
-    from wxconfig import Config
+    from wechat.config import Config
 
 TIMEOUT = 5.0  # seconds for all of an exchange with WeChat
 PATIENCE = 15.0  # seconds to wait for whoever fetches: two exchanges, and some
@@ -298,7 +298,7 @@ class TokenStore:
             "appid": self._nothing.appid,
             "secret": self._appsecret,
         }
-        if stale and ".weixin.qq.com" not in self._api_base:  # token_service.py takes it
+        if stale and ".weixin.qq.com" not in self._api_base:  # wechat/central.py takes it
             fields["stale_token"] = stale
         force = {"force_refresh": True} if stale else {}
         if self._endpoint == "token":
@@ -503,7 +503,7 @@ def from_config(config: Config) -> TokenStore:
     kind: Callable[..., TokenStore] = TokenStore
     place: object = config.state_dir / "access_token.json"
     if config.redis:
-        from redis_store import RedisTokenStore
+        from wechat.redis_store import RedisTokenStore
 
         kind, place = RedisTokenStore, config.redis
     return kind(
@@ -521,16 +521,16 @@ def main() -> None:
     import argparse
 
     try:
-        import wxconfig
+        import wechat.config
     except ModuleNotFoundError:
-        sys.exit("token_store: the command needs wxconfig.py; the class TokenStore does not")
+        sys.exit("token_store: the command needs wechat/config.py; the class TokenStore does not")
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     try:
-        print(from_config(wxconfig.load()).get())
-    except (TokenError, wxconfig.ConfigError) as error:
+        print(from_config(wechat.config.load()).get())
+    except (TokenError, wechat.config.ConfigError) as error:
         sys.exit(f"token_store: {error}")
 
 
 if __name__ == "__main__":
-    sys.modules["token_store"] = sys.modules["__main__"]  # which redis_store extends
+    sys.modules["token_store"] = sys.modules["__main__"]  # which wechat.redis_store extends
     main()

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
 
 import reply
-import wxconfig
-import wxcrypto
-import wxmessage
-from wxconfig import Config, ConfigError
-from wxcrypto import DecryptError
-from wxmessage import Message, MessageError, Reply
+import wechat.config
+import wechat.crypto
+import wechat.message
+from wechat.config import Config, ConfigError
+from wechat.crypto import DecryptError
+from wechat.message import Message, MessageError, Reply
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from reply_once import ReplyOnce
+    from wechat.once import ReplyOnce
 
     application: WSGIApplication
 
@@ -96,7 +96,7 @@ def create_application(
         ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
             ``encryption`` or Redis needs a package that is not installed.
     """
-    cipher, token = wxcrypto.from_config(config), wxconfig.callback_token(config)
+    cipher, token = wechat.crypto.from_config(config), wechat.config.callback_token(config)
     answer = _answerer(config, reply, clock)
 
     def respond(environ: WSGIEnvironment) -> Response:
@@ -110,7 +110,7 @@ def create_application(
         message_cipher = cipher if query.get("encrypt_type") == "aes" else None
         if message_cipher:
             _parameter(query, "msg_signature")  # before the body is read
-            encrypt = wxcrypto.find_encrypt(_body(environ, config.max_body))
+            encrypt = wechat.crypto.find_encrypt(_body(environ, config.max_body))
             check_signature("msg_signature", encrypt)
             xml = message_cipher.decrypt(encrypt)
         elif config.encryption == "safe":
@@ -119,14 +119,16 @@ def create_application(
             check_signature("signature")
             xml = _body(environ, config.max_body)
 
-        message = wxmessage.from_xml(xml)
-        wxmessage.check(message)
+        message = wechat.message.from_xml(xml)
+        wechat.message.check(message)
         xml = answer(message, environ)
         if not xml:
             return OK, _TEXT, b"success"  # no reply; it is never encrypted
         if message_cipher:
             encrypt = message_cipher.encrypt(xml)
-            xml = wxmessage.to_xml(wxcrypto.envelope(encrypt, token, query["nonce"], clock()))
+            xml = wechat.message.to_xml(
+                wechat.crypto.envelope(encrypt, token, query["nonce"], clock())
+            )
         return OK, _XML, xml
 
     application = _wsgi(respond)
@@ -153,10 +155,10 @@ def _wsgi(respond: Callable[[WSGIEnvironment], Response]) -> WSGIApplication:
 
 
 def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
-    """Send the requests for the access_token to token_service.py."""
-    import token_service
+    """Send the requests for the access_token to wechat/central.py."""
+    import wechat.central
 
-    service = token_service.from_config(config)
+    service = wechat.central.from_config(config)
 
     def respond(environ: WSGIEnvironment) -> Response:
         return service.answer(environ, partial(_body, environ, config.max_body))
@@ -164,7 +166,7 @@ def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
     central = _wsgi(respond)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        is_central = environ.get("PATH_INFO") in wxconfig.CENTRAL_PATHS
+        is_central = environ.get("PATH_INFO") in wechat.config.CENTRAL_PATHS
         return (central if is_central else callback)(environ, start_response)
 
     return application
@@ -217,7 +219,7 @@ def _check_signature(
         encrypt: the Encrypt of an encrypted message.
     """
     signature, timestamp, nonce = (_parameter(query, each) for each in (name, "timestamp", "nonce"))
-    if not wxcrypto.verify(signature, token, timestamp, nonce, *encrypt):
+    if not wechat.crypto.verify(signature, token, timestamp, nonce, *encrypt):
         raise Refused(FORBIDDEN, "wrong signature; is the Token the one in WeChat's console?")
     age = now - int(timestamp)
     if max_age and abs(age) > max_age:
@@ -307,58 +309,58 @@ def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
 def _write(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
     """Write the XML of a reply, in several parts if it is too long; what cannot be is no reply."""
     try:
-        return wxmessage.answer(message, reply, now, signs)
+        return wechat.message.answer(message, reply, now, signs)
     except Exception:
         log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
 
 
 def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
-    import reply_answers
-    import reply_late
-    import reply_once
+    import wechat.answers
+    import wechat.late
+    import wechat.once
 
     def write(message: Message, reply: Reply, late: bool) -> list[bytes]:
         pushed = 0
         if config.late == "push":  # a late answer is pushed with its first part
-            pushed = reply_late.max_pushes(message) - late
+            pushed = wechat.late.max_pushes(message) - late
         signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
-        reply = wxmessage.first_article(reply) if late else reply
+        reply = wechat.message.first_article(reply) if late else reply
         return _write(message, reply, clock(), signs if config.late != "drop" else ())
 
     push = typing = None
     if config.late == "push":
-        import wxapi
+        import wechat.api
 
-        api = wxapi.from_config(config)
+        api = wechat.api.from_config(config)
         typing = api.typing
 
         def push(openid: str, xml: bytes) -> None:
-            api.send(openid, wxmessage.from_xml(xml))
+            api.send(openid, wechat.message.from_xml(xml))
 
-    answers: reply_answers.Answers
-    store: reply_late.LateStore
+    answers: wechat.answers.Answers
+    store: wechat.late.LateStore
     if config.redis:
-        import redis_store
+        import wechat.redis_store
 
-        answers, store = redis_store.answers(config), redis_store.late(config)
+        answers, store = wechat.redis_store.answers(config), wechat.redis_store.late(config)
     else:
-        import reply_journal
+        import wechat.journal
 
-        wxconfig.make_state_dir(config)
-        answers = reply_journal.Journal((config.runtime_dir or config.state_dir) / "replies")
-        store = reply_late.LateFiles(config.state_dir / "late")
+        wechat.config.make_state_dir(config)
+        answers = wechat.journal.Journal((config.runtime_dir or config.state_dir) / "replies")
+        store = wechat.late.LateFiles(config.state_dir / "late")
     if config.late == "drop":
-        store = reply_late.NothingLate()
-    late = reply_late.LateAnswers(store, push, clock)
-    return reply_once.ReplyOnce(answers, late, write, config.late_text, typing=typing, clock=clock)
+        store = wechat.late.NothingLate()
+    late = wechat.late.LateAnswers(store, push, clock)
+    return wechat.once.ReplyOnce(answers, late, write, config.late_text, typing=typing, clock=clock)
 
 
 def __getattr__(name: str) -> Any:
     """Make ``application`` when a server asks for it: importing this module needs no config."""
     if name != "application":
         raise AttributeError(f"module 'wxserver' has no attribute {name!r}")
-    globals()[name] = made = create_application(wxconfig.load())
+    globals()[name] = made = create_application(wechat.config.load())
     return made
 
 
@@ -386,9 +388,9 @@ def main() -> None:
     port = parser.parse_args().port
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        config = wxconfig.load()
+        config = wechat.config.load()
         if config.redis:
-            import redis_store
+            from wechat import redis_store
 
             redis_store.check(config)
         application = create_application(config)

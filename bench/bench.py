@@ -31,10 +31,10 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import token_store
-import wxcrypto
-import wxmessage
 import wxserver
-from wxconfig import Config
+from wechat import crypto
+from wechat.config import Config
+from wechat.message import from_xml, to_xml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -68,7 +68,7 @@ PEERS = {"WeRoBot": "peer_werobot", "wechatpy + Flask": "peer_wechatpy"}
 def query(**more: str) -> str:
     """Return the signed query of a request of now."""
     timestamp, nonce = str(int(time.time())), "1514711492"
-    signature = wxcrypto.sign(TOKEN, timestamp, nonce)
+    signature = crypto.sign(TOKEN, timestamp, nonce)
     return urlencode({"signature": signature, "timestamp": timestamp, "nonce": nonce, **more})
 
 
@@ -79,10 +79,10 @@ def message(encrypted: bool = False) -> tuple[str, bytes]:
     """Return the query and the body of a follower's message."""
     if not encrypted:
         return query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY"), unique(BODY)
-    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(unique(BODY))
+    encrypt = crypto.MessageCipher(KEY, APPID).encrypt(unique(BODY))
     fields = dict(parse_qsl(query(openid="o9AgO5Kd5ggOC-bXrbNODIiE3bGY", encrypt_type="aes")))
-    fields["msg_signature"] = wxcrypto.sign(TOKEN, fields["timestamp"], fields["nonce"], encrypt)
-    body = wxmessage.to_xml({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypt})
+    fields["msg_signature"] = crypto.sign(TOKEN, fields["timestamp"], fields["nonce"], encrypt)
+    body = to_xml({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypt})
     return urlencode(fields), body
 
 
@@ -185,7 +185,7 @@ def load(port: int, seconds: float, encrypted: bool, reuse: int = 1, patience: f
         connection.close()
     poll.close()
     if encrypted:
-        body = wxcrypto.MessageCipher(KEY, APPID).decrypt(wxmessage.from_xml(last)["Encrypt"])
+        body = crypto.MessageCipher(KEY, APPID).decrypt(from_xml(last)["Encrypt"])
         if ECHO not in body:
             raise RuntimeError("the last answer does not hold the echo")
     return count / (now - began)
@@ -232,7 +232,7 @@ def through_gunicorn(rounds: int, seconds: float, peers: Path | None) -> None:
     cpu, memory = defaultdict(list), defaultdict(list)  # µs per request, MiB: of all workers
     for number in range(rounds):
         with contextlib.ExitStack() as stack:
-            # In memory, where the systemd unit keeps the files of reply_once too.
+            # In memory, where the systemd unit keeps the files of wechat.once too.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SHM)))
             # Anew and in another order each time: a process has its luck with caches and cores.
             turn = number % len(start)
@@ -301,7 +301,7 @@ def in_process(rounds: int) -> None:
         def claimed(folder: str) -> Config:
             return replace(plain, once=True, state_dir=Path(folder))
 
-        event = wxmessage.to_xml(EVENT)
+        event = to_xml(EVENT)
         figures = {
             "POST, an echo": (calls(plain, "POST", query(), BODY), 1000),
             "POST, an event": (calls(plain, "POST", query(), event), 1000),

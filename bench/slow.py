@@ -6,8 +6,8 @@ Every run is noted in the file that RUNS names: the worker's process id and the 
 import os
 import time
 
-import wxconfig
-from wxmessage import Message
+import wechat.config
+from wechat.message import Message
 from wxserver import create_application
 
 
@@ -22,4 +22,4 @@ def reply(message: Message) -> str:
     return text
 
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)

@@ -21,8 +21,8 @@ import followers
 from followers import Follower
 
 import bench
-import reply_answers
-from wxconfig import Config
+import wechat.answers
+from wechat.config import Config
 
 FOLLOWERS = 200
 SLOW = 0.05  # the share of messages whose reply() takes 6 s
@@ -100,13 +100,13 @@ def runs_without_a_kill(folder: Path, killed: set[int]) -> int:
 
 def old_files(server: bench.Server, folder: Path) -> int:
     """Return how many files of the journal are left that should have been removed."""
-    time.sleep(reply_answers.REMEMBER + 1)
+    time.sleep(wechat.answers.REMEMBER + 1)
     bench.load(server.port, 0.1, encrypted=False)  # the next message sweeps
     time.sleep(1)
     replies = folder / "state" / "replies"
     alive = {str(pid) for pid in server.workers()}
     left = [path for path in replies.iterdir() if path.name.split(".")[1] not in alive]
-    old = time.time() - reply_answers.REMEMBER
+    old = time.time() - wechat.answers.REMEMBER
     left = [path for path in left if path.stat().st_mtime < old]
     waiting = sum(path.is_file() for path in (folder / "state" / "late").glob("*/*"))
     print(f"{len(left)} old files left, {waiting} late answers wait for a next message")

@@ -22,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import reply_answers
-import reply_journal
-import reply_late
-import reply_once
 import token_store
-from wxconfig import Config
+import wechat.answers
+import wechat.journal
+import wechat.late
+import wechat.once
+from wechat.config import Config
 from wxsim.fake_api import FakeApi
 
 SHM = "/dev/shm"  # tmpfs
@@ -61,19 +61,19 @@ def redis_server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def once(config: Config) -> reply_once.ReplyOnce:
+def once(config: Config) -> wechat.once.ReplyOnce:
     """Return what runs a message once, on one machine or with Redis."""
-    answers: reply_answers.Answers
-    store: reply_late.LateStore
+    answers: wechat.answers.Answers
+    store: wechat.late.LateStore
     if config.redis:
-        import redis_store
+        from wechat import redis_store
 
         answers, store = redis_store.answers(config), redis_store.late(config)
     else:
-        answers = reply_journal.Journal(config.state_dir / "replies")
-        store = reply_late.LateFiles(config.state_dir / "late")
-    late = reply_late.LateAnswers(store)
-    return reply_once.ReplyOnce(answers, late, lambda _message, parts, _late: parts, "")
+        answers = wechat.journal.Journal(config.state_dir / "replies")
+        store = wechat.late.LateFiles(config.state_dir / "late")
+    late = wechat.late.LateAnswers(store)
+    return wechat.once.ReplyOnce(answers, late, lambda _message, parts, _late: parts, "")
 
 
 def row(name: str, function: Callable[[], object], loops: int) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import hypothesis
 import pytest
 
-import wxcrypto
+import wechat.crypto
 from wxsim.fake_api import FakeApi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def signed(
     token: str = TOKEN, timestamp: object = NOW, nonce: str = "1514711492", **more: str
 ) -> str:
     """Return the query of a request as WeChat signs it."""
-    signature = wxcrypto.sign(token, str(timestamp), nonce)
+    signature = wechat.crypto.sign(token, str(timestamp), nonce)
     return urlencode({"signature": signature, "timestamp": str(timestamp), "nonce": nonce, **more})
 
 
@@ -47,8 +47,8 @@ def sealed(
     xml: bytes, token: str = TOKEN, timestamp: object = NOW, nonce: str = "1514711492"
 ) -> tuple[str, bytes]:
     """Return the query and the body of an encrypted message as WeChat sends it."""
-    encrypt = wxcrypto.MessageCipher(KEY, APPID).encrypt(xml)
-    signature = wxcrypto.sign(token, str(timestamp), nonce, encrypt)
+    encrypt = wechat.crypto.MessageCipher(KEY, APPID).encrypt(xml)
+    signature = wechat.crypto.sign(token, str(timestamp), nonce, encrypt)
     query = signed(token, timestamp, nonce, encrypt_type="aes", msg_signature=signature)
     to = "<ToUserName><![CDATA[gh_1]]></ToUserName>"
     whole = f"<xml>\n{to}\n<Encrypt><![CDATA[{encrypt}]]></Encrypt>\n</xml>"

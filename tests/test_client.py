@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from conftest import APPID, KEY, TOKEN, Run, skip
 
-from wxconfig import Config
-from wxcrypto import MessageCipher
-from wxmessage import from_xml
+from wechat.config import Config
+from wechat.crypto import MessageCipher
+from wechat.message import from_xml
 from wxsim import client, messages
 from wxsim.client import Account, Answer, NoAnswer, exchange
 

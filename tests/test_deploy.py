@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 from conftest import ROOT, Run, message_xml, skip
 from serving import gunicorn, nginx_site, until
 
-import wxconfig
+import wechat.config
 
 SYSTEMD = shutil.which("systemd-analyze")
 
@@ -64,7 +65,7 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
 
 
 def test_the_shipped_config_of_the_service_is_valid() -> None:
-    config = wxconfig.load(ROOT / "deploy" / "config.ini", {})
+    config = wechat.config.load(ROOT / "deploy" / "config.ini", {})
     assert config.state_dir == Path("/var/lib/wxserver")
 
 
@@ -86,12 +87,15 @@ def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_read
 
 
 def test_every_module_is_installed() -> None:
-    listed = (ROOT / "pyproject.toml").read_text().partition("py-modules = [")[2].partition("]")[0]
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
     modules = {path.stem for path in ROOT.glob("*.py")} - {"gunicorn.conf"}
-    assert set(listed.replace('"', "").replace(",", "").split()) == modules
+    assert set(setup["options"]["py_modules"].split()) == modules
+    packages = {path.parent.name for path in ROOT.glob("w*/__init__.py")}
+    assert set(setup["options"]["packages"].split()) == packages
 
 
 def test_the_environment_file_names_what_the_config_reads() -> None:
     lines = (ROOT / "deploy" / "environment").read_text().splitlines()
     names = {line.partition("=")[0] for line in lines if not line.startswith("#")}
-    assert names == set(wxconfig._ENVIRONMENT)
+    assert names == set(wechat.config._ENVIRONMENT)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from serving import gunicorn
 from webtest import TestApp
 
-import wxcrypto
-from wxconfig import Config, ConfigError
-from wxcrypto import MessageCipher
-from wxmessage import from_xml, to_xml
+import wechat.crypto
+from wechat.config import Config, ConfigError
+from wechat.crypto import MessageCipher
+from wechat.message import from_xml, to_xml
 from wxserver import create_application
 
 ANY = {"expect_errors": True}
@@ -41,7 +41,7 @@ def opened(body: bytes, token: str = TOKEN) -> dict[str, Any]:
     envelope = from_xml(body)
     assert list(envelope) == ["Encrypt", "MsgSignature", "TimeStamp", "Nonce"]
     parts = (envelope["TimeStamp"], envelope["Nonce"], envelope["Encrypt"])
-    assert wxcrypto.verify(envelope["MsgSignature"], token, *parts)
+    assert wechat.crypto.verify(envelope["MsgSignature"], token, *parts)
     return from_xml(CIPHER.decrypt(envelope["Encrypt"]))
 
 
@@ -162,7 +162,7 @@ def test_an_encrypted_message_too_far_from_now_is_403(caplog: pytest.LogCaptureF
 def resealed(encrypt: str) -> tuple[str, bytes]:
     """Sign ``encrypt`` as only the holder of the Token can."""
     query, _ = sealed(b"")
-    signature = wxcrypto.sign(TOKEN, str(NOW), "1514711492", encrypt)
+    signature = wechat.crypto.sign(TOKEN, str(NOW), "1514711492", encrypt)
     return urlencode(dict(parse_qsl(query)) | {"msg_signature": signature}), to_xml(
         {"ToUserName": "gh_97417a04a28d", "Encrypt": encrypt}
     )
@@ -264,9 +264,7 @@ def test_without_cryptography_the_start_says_what_to_install(run: Run, tmp_path:
 
 def test_without_a_key_cryptography_is_not_imported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "cryptography.py").write_text("raise RuntimeError('imported')")
-    code = (
-        "import wxserver, wxconfig\nwxserver.create_application(wxconfig.Config(token='AAAAA'))\n"
-    )
+    code = "import wxserver as s, wechat.config as c; s.create_application(c.Config(token='AAAAA'))"
     process = run("-c", code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert process.communicate(timeout=20)[1] == ""
     assert process.returncode == 0

@@ -16,7 +16,7 @@ import pytest
 from conftest import APPID, APPSECRET, Run
 
 import token_store
-import wxconfig
+import wechat.config
 from wxsim import fake_api
 from wxsim.fake_api import FakeApi
 
@@ -420,7 +420,7 @@ def test_the_command_prints_what_to_put_into_config_ini(run: Run, tmp_path: Path
     lines = command.start.splitlines()
     section = lines.index("[access_token]")
     (tmp_path / "printed.ini").write_text("\n".join(lines[section : section + 2]))
-    config = wxconfig.load(tmp_path / "printed.ini", {})
+    config = wechat.config.load(tmp_path / "printed.ini", {})
     store = token_store.TokenStore(tmp_path / "t.json", "wxany", "any", api_base=config.api_base)
     token = store.get()
     assert "ip_list" in fetch(command.base, f"/cgi-bin/getcallbackip?access_token={token}")

@@ -11,9 +11,9 @@ from conftest import APPID, KEY, TOKEN, message_xml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import wxcrypto
-from wxcrypto import MessageCipher
-from wxmessage import MAX_TEXT, from_xml, to_xml
+import wechat.crypto
+from wechat.crypto import MessageCipher
+from wechat.message import MAX_TEXT, from_xml, to_xml
 from wxsim import follower
 from wxsim.client import Account
 from wxsim.follower import FAULT, Shown
@@ -36,7 +36,7 @@ ACCOUNTS = {
 
 def envelope(xml: bytes, token: str = TOKEN) -> bytes:
     encrypt = MessageCipher(KEY, APPID).encrypt(xml)
-    signature = wxcrypto.sign(token, "1714112445", "n", encrypt)
+    signature = wechat.crypto.sign(token, "1714112445", "n", encrypt)
     return to_xml(
         {"Encrypt": encrypt, "MsgSignature": signature, "TimeStamp": 1714112445, "Nonce": "n"}
     )

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Run, message_xml, signed
 from serving import Server, gunicorn, until
 
-from wxmessage import from_xml
+from wechat.message import from_xml
 
 _msg_ids = itertools.count(1)
 
@@ -132,7 +132,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(server: Server) -> None
 
 OWN_ENTRY_POINT = """
 import time
-import wxconfig
+import wechat.config
 from wxserver import create_application
 
 def reply(message):
@@ -140,7 +140,7 @@ def reply(message):
         time.sleep(1)
     return "{version} " + message["Content"]
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)
 """
 
 
@@ -227,8 +227,15 @@ def test_a_first_look_that_cannot_start_says_why(
 def test_what_is_not_turned_on_is_not_imported(run: Run) -> None:
     out, _ = run("-c", "import wxserver, sys; print(*sys.modules)").communicate()
     loaded = set(out.split())
-    assert "wxmessage" in loaded
-    assert not loaded & {"token_store", "wxapi", "urllib.request", "wsgiref", "argparse", "ssl"}
+    assert "wechat.message" in loaded
+    assert not loaded & {
+        "token_store",
+        "wechat.api",
+        "urllib.request",
+        "wsgiref",
+        "argparse",
+        "ssl",
+    }
 
 
 def test_a_malformed_request_line_stays_out_of_the_error_log(server: Server) -> None:

@@ -20,8 +20,8 @@ import pytest
 from conftest import APPID, KEY, TOKEN, Run
 from serving import free_port, gunicorn, until
 
-import wxmessage
-from wxmessage import Message, Reply, from_xml
+import wechat.message
+from wechat.message import Message, Reply, from_xml
 from wxsim import load
 from wxsim.client import Account
 from wxsim.load import Tally, report
@@ -30,7 +30,7 @@ Bot = Callable[[Message], bytes]  # from a message to the body of the answer; b"
 
 
 def answer(message: Message, reply: Reply) -> bytes:
-    parts = wxmessage.answer(message, reply, time.time())
+    parts = wechat.message.answer(message, reply, time.time())
     return parts[0] if parts else b"success"
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webtest import TestApp
 
-from wxconfig import Config
-from wxmessage import Message, from_xml
+from wechat.config import Config
+from wechat.message import Message, from_xml
 from wxserver import create_application
 from wxsim import client, messages
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT
 
-import wxconfig
+import wechat.config
 
 NAMES = ("README.md", "README.zh-CN.md")
 TEXTS = [(ROOT / name).read_text(encoding="utf-8") for name in NAMES]
@@ -108,4 +108,4 @@ def test_every_key_of_the_config_is_explained_under_its_section(text: str) -> No
         if row[0]:
             section = explained.setdefault(row[0], [])
         section.append(row[1])
-    assert explained == {name: list(keys) for name, keys in wxconfig._KEYS.items()}
+    assert explained == {name: list(keys) for name, keys in wechat.config._KEYS.items()}

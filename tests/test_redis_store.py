@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from conftest import APPID, APPSECRET, ROOT, TOKEN, Run, config_for, message_xml
 from serving import RedisServer, Server, gunicorn, until
-from test_reply_once import WAIT, Counted, message, write
+from test_once import WAIT, Counted, message, write
 
-import redis_store
-import reply_late
-import wxconfig
-from redis_store import RedisAnswers, RedisLate, RedisTokenStore
-from reply_late import LateAnswers
-from reply_once import ReplyOnce
+import wechat.config
+import wechat.late
+import wechat.redis_store
 from token_store import TokenError
-from wxconfig import ConfigError
-from wxmessage import from_xml
+from wechat.config import ConfigError
+from wechat.late import LateAnswers
+from wechat.message import from_xml
+from wechat.once import ReplyOnce
+from wechat.redis_store import RedisAnswers, RedisLate, RedisTokenStore
 from wxsim.fake_api import FakeApi
 
 
@@ -201,7 +201,7 @@ def test_get_asks_redis_now_and_then_and_not_each_time(
 
     before, began = asked(), time.monotonic()
     assert {store.get() for _ in range(5000)} == {token}
-    assert asked() - before <= (time.monotonic() - began) / redis_store.LOOK + 1
+    assert asked() - before <= (time.monotonic() - began) / wechat.redis_store.LOOK + 1
 
 
 def test_every_key_has_the_appid_and_an_end(
@@ -221,7 +221,7 @@ def test_every_key_has_the_appid_and_an_end(
     names += ["seen:a", "seen:b", "token"]
     assert sorted(keys) == [f"wxserver:{APPID}:{name}" for name in names]
     for key in keys:
-        assert 0 < int(redis_server.ask("TTL", key)[1:]) <= reply_late.KEEP_LATE, key
+        assert 0 < int(redis_server.ask("TTL", key)[1:]) <= wechat.late.KEEP_LATE, key
 
 
 def test_accounts_of_one_redis_know_nothing_of_each_other(redis_url: str) -> None:
@@ -261,8 +261,8 @@ def test_machines_that_started_at_different_times_share_a_token(
 
 
 FETCH = """
-import sys, token_store, wxconfig
-store = token_store.from_config(wxconfig.load())
+import sys, token_store, wechat.config
+store = token_store.from_config(wechat.config.load())
 print("ready", flush=True)
 sys.stdin.readline()
 print(store.get(), flush=True)
@@ -345,13 +345,13 @@ def nowhere() -> str:
         return f"redis://:s3cret@127.0.0.1:{probe.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("command", ["token_store.py", "wxapi.py", "wxserver.py"])
+@pytest.mark.parametrize("command", ["token_store", "wechat.api", "wxserver"])
 def test_a_command_without_its_redis_says_so_in_one_line(
     fake_api: FakeApi, tmp_path: Path, run: Run, command: str
 ) -> None:
     env = config_for(fake_api, tmp_path, WX_REDIS=nowhere(), WX_TOKEN=TOKEN)
-    arguments = ["getcallbackip"] if command == "wxapi.py" else []
-    process = run(str(ROOT / command), *arguments, env=env)
+    arguments = ["getcallbackip"] if command == "wechat.api" else []
+    process = run("-m", command, *arguments, env=env)
     out, err = process.communicate()
     assert (out, process.returncode, err.strip().count("\n")) == ("", 1, 0)
     assert "Redis at 127.0.0.1:" in err
@@ -393,7 +393,7 @@ def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
         RedisTokenStore(redis_url, APPID, APPSECRET, api_base=fake_api.base) for _ in "12"
     )
     first = one.get()
-    time.sleep(redis_store.LOOK)
+    time.sleep(wechat.redis_store.LOOK)
     assert other.get() == first
     second = one.refresh(first)
     with pytest.raises(TokenError, match="once in 30 s"):  # two in 30 s; but not the first again
@@ -418,7 +418,7 @@ def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[shared\] redis: no URL") as caught:
-        redis_store.check(wxconfig.Config(appid=APPID, redis=url))
+        wechat.redis_store.check(wechat.config.Config(appid=APPID, redis=url))
     assert "word" not in str(caught.value).replace("password", "")
 
 
@@ -434,10 +434,10 @@ def test_a_password_is_used_and_a_wrong_one_is_named_without_being_shown() -> No
     server = RedisServer("--requirepass", "s3cret")
     try:
         right, wrong = (server.url.replace("//", f"//:{word}@") for word in ("s3cret", "wr0ng"))
-        redis_store.check(wxconfig.Config(appid=APPID, redis=right))
+        wechat.redis_store.check(wechat.config.Config(appid=APPID, redis=right))
         for url in (wrong, server.url):
             with pytest.raises(ConfigError, match=r"\[shared\] redis: Redis at .*") as caught:
-                redis_store.check(wxconfig.Config(appid=APPID, redis=url))
+                wechat.redis_store.check(wechat.config.Config(appid=APPID, redis=url))
             assert "wr0ng" not in str(caught.value)
             assert "\n" not in str(caught.value)
     finally:
@@ -458,10 +458,10 @@ def test_without_the_package_the_owner_is_told_what_to_install(
 
 def test_it_is_not_imported_unless_it_is_set(run: Run, tmp_path: Path) -> None:
     script = (
-        "import sys, wxserver, token_store, wxconfig;"
-        "wxserver.create_application(wxconfig.load());"
-        "token_store.from_config(wxconfig.load());"
-        "print(*{'redis', 'redis_store'} & set(sys.modules))"
+        "import sys, wxserver, token_store, wechat.config;"
+        "wxserver.create_application(wechat.config.load());"
+        "token_store.from_config(wechat.config.load());"
+        "print(*{'redis', 'wechat.redis_store'} & set(sys.modules))"
     )
     (tmp_path / "config.ini").write_text("[wechat]\ntoken = AAAAA\nappid = wx1\nappsecret = s\n")
     process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})
@@ -472,7 +472,7 @@ def test_it_is_not_imported_unless_it_is_set(run: Run, tmp_path: Path) -> None:
 
 BOT = """
 import os, time
-import wxconfig
+import wechat.config
 from wxserver import create_application
 
 def reply(message):
@@ -484,7 +484,7 @@ def reply(message):
         return "long " * 700
     return "to " + message["Content"]
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)
 """
 
 

@@ -23,10 +23,10 @@ import pytest
 from conftest import APPID, KEY, ROOT, TOKEN, Run, message_xml
 from serving import Server, free_port, gunicorn, until
 
-import wxcrypto
+import wechat.crypto
 import wxsim.__main__
-from wxcrypto import MessageCipher
-from wxmessage import from_xml, to_xml
+from wechat.crypto import MessageCipher
+from wechat.message import from_xml, to_xml
 from wxsim import messages
 from wxsim.follower import FAULT
 
@@ -156,13 +156,13 @@ def sim(
 
 
 OWN_ENTRY_POINT = """
-import wxconfig
+import wechat.config
 from wxserver import create_application
 
 def reply(message):
     return message.get("Content") or message.get("Event") or message["MsgType"]
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)
 """
 
 
@@ -324,7 +324,7 @@ def test_a_submit_is_signed_and_asks_once(bot: Callable[[Answer], Bot], sim: Wxs
     assert sim("verify", "--url", good.url, "--token", "another").status == 0
     (asked,) = good.asked
     parts = (asked.query["timestamp"], asked.query["nonce"])
-    assert wxcrypto.verify(asked.query["signature"], "another", *parts)
+    assert wechat.crypto.verify(asked.query["signature"], "another", *parts)
     assert abs(int(parts[0]) - time.time()) < 10
 
 
@@ -489,7 +489,7 @@ def sealed(
     xml: bytes, *without: str, token: str = TOKEN, key: str = KEY, appid: str = APPID
 ) -> Any:
     encrypt = MessageCipher(key, appid).encrypt(xml)
-    signature = wxcrypto.sign(token, "1714112445", "n", encrypt)
+    signature = wechat.crypto.sign(token, "1714112445", "n", encrypt)
     whole = {"Encrypt": encrypt, "MsgSignature": signature, "TimeStamp": 1714112445, "Nonce": "n"}
     return to_xml({name: value for name, value in whole.items() if name not in without})
 
@@ -576,7 +576,7 @@ def test_every_field_can_be_chosen(
     assert asked.query["openid"] == message["FromUserName"]
     assert asked.headers["Content-Type"] == "text/xml"
     parts = (asked.query["timestamp"], asked.query["nonce"])
-    assert wxcrypto.verify(asked.query["signature"], TOKEN, *parts)
+    assert wechat.crypto.verify(asked.query["signature"], TOKEN, *parts)
 
 
 @pytest.mark.parametrize("config", ["", ENCRYPTED])
@@ -886,7 +886,9 @@ def test_it_needs_nothing_installed(bot: Callable[[Answer], Bot], run: Run, tmp_
 
 
 def test_the_server_never_imports_it(run: Run, tmp_path: Path) -> None:
-    script = "import sys, wxserver, wxconfig; wxserver.create_application(wxconfig.load());"
+    script = (
+        "import sys, wxserver, wechat.config; wxserver.create_application(wechat.config.load());"
+    )
     script += "print([name for name in sys.modules if name.startswith('wxsim')])"
     (tmp_path / "config.ini").touch()
     process = run("-c", script, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")})

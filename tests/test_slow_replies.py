@@ -25,12 +25,12 @@ from conftest import (
 from serving import gunicorn, nginx_site, until
 from webtest import TestApp
 
-import wxapi
-import wxmessage
+import wechat.api
+import wechat.message
 from token_store import ApiError, TokenStore
-from wxconfig import Config
-from wxcrypto import MessageCipher
-from wxmessage import from_xml
+from wechat.config import Config
+from wechat.crypto import MessageCipher
+from wechat.message import from_xml
 from wxserver import create_application
 from wxsim.fake_api import FakeApi
 
@@ -112,7 +112,7 @@ def test_a_long_text_goes_on_in_answer_to_the_next_messages(tmp_path: Path) -> N
     app = make_app(tmp_path, bot)
     texts = [content(ask(app, number)) for number in (1, 2, 3)]
     assert bot.runs == 1
-    assert all(len(text.encode()) <= wxmessage.MAX_TEXT for text in texts)
+    assert all(len(text.encode()) <= wechat.message.MAX_TEXT for text in texts)
     assert [text.endswith(sign) for text in texts] == [True, True, False]
     assert "".join(text.removesuffix(sign) for text in texts) == LONG
 
@@ -154,19 +154,19 @@ def test_the_rest_of_a_long_text_is_pushed_to_the_follower(
 @pytest.mark.parametrize(
     ("reply", "body"),
     [
-        (wxmessage.text("你好"), {"msgtype": "text", "text": {"content": "你好"}}),
-        (wxmessage.image("m"), {"msgtype": "image", "image": {"media_id": "m"}}),
-        (wxmessage.voice("m"), {"msgtype": "voice", "voice": {"media_id": "m"}}),
+        (wechat.message.text("你好"), {"msgtype": "text", "text": {"content": "你好"}}),
+        (wechat.message.image("m"), {"msgtype": "image", "image": {"media_id": "m"}}),
+        (wechat.message.voice("m"), {"msgtype": "voice", "voice": {"media_id": "m"}}),
         (
-            wxmessage.video("m", "t", "d"),
+            wechat.message.video("m", "t", "d"),
             {"msgtype": "video", "video": {"media_id": "m", "title": "t", "description": "d"}},
         ),
         (
-            wxmessage.music("m", "u", "t"),
+            wechat.message.music("m", "u", "t"),
             {"msgtype": "music", "music": {"thumb_media_id": "m", "musicurl": "u", "title": "t"}},
         ),
         (
-            wxmessage.news([{"Title": "t", "PicUrl": "p", "Url": "u"}]),
+            wechat.message.news([{"Title": "t", "PicUrl": "p", "Url": "u"}]),
             {"msgtype": "news", "news": {"articles": [{"title": "t", "picurl": "p", "url": "u"}]}},
         ),
     ],
@@ -176,7 +176,7 @@ def test_each_kind_of_reply_is_sent_as_this_api_spells_it(
 ) -> None:
     store = TokenStore(tmp_path / "t", APPID, APPSECRET, api_base=fake_api.base)
     # As it comes out of the file of an answer.
-    wxapi.Api(store, fake_api.base).send("o1", from_xml(wxmessage.to_xml(reply)))
+    wechat.api.Api(store, fake_api.base).send("o1", from_xml(wechat.message.to_xml(reply)))
     assert json.loads(fake_api.calls[-1][2]) == {"touser": "o1", **body}
 
 
@@ -184,9 +184,9 @@ def test_what_this_api_cannot_send_is_a_clear_error_and_typing_never_fails(
     tmp_path: Path, fake_api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = TokenStore(tmp_path / "t", APPID, APPSECRET, api_base=fake_api.base)
-    api = wxapi.Api(store, fake_api.base)
+    api = wechat.api.Api(store, fake_api.base)
     with pytest.raises(ApiError, match="transfer_customer_service cannot be sent"):
-        api.send("o1", wxmessage.transfer_customer_service())
+        api.send("o1", wechat.message.transfer_customer_service())
     api.typing("o1")
     assert json.loads(fake_api.calls[-1][2]) == {"touser": "o1", "command": "Typing"}
     fake_api.failure = b"<html>"
@@ -196,7 +196,7 @@ def test_what_this_api_cannot_send_is_a_clear_error_and_typing_never_fails(
 
 SLOW = """
 import os, time
-import wxconfig
+import wechat.config
 from wxserver import create_application
 
 def reply(message):
@@ -205,7 +205,7 @@ def reply(message):
     time.sleep(6)
     return "at last: " + message["Content"]
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)
 """
 
 
@@ -224,7 +224,7 @@ def test_a_reply_of_six_seconds_reaches_the_follower_through_the_second_copy(
 
 WAITING = """
 import os, time
-import wxconfig
+import wechat.config
 from wxserver import create_application
 
 def reply(message):
@@ -233,7 +233,7 @@ def reply(message):
     time.sleep(float(message["Content"].split()[1]))
     return message["Content"]
 
-application = create_application(wxconfig.load(), reply)
+application = create_application(wechat.config.load(), reply)
 """
 
 
@@ -313,7 +313,7 @@ def test_an_answer_to_an_event_that_another_message_gets_has_one_article(tmp_pat
 
     def hang_up(message: dict[str, Any]) -> Any:
         far.close()
-        return wxmessage.news([{"Title": str(number)} for number in range(8)])
+        return wechat.message.news([{"Title": str(number)} for number in range(8)])
 
     application = create_application(config, hang_up, lambda: clock[0])
     event = message_xml(MsgType="event", Event="CLICK", EventKey="a")

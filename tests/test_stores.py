@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 from conftest import APPID, APPSECRET, TOKEN, Run, config_for
 from serving import until
-from test_reply_once import PATIENCE, WAIT, Counted, event, message, send, write
+from test_once import PATIENCE, WAIT, Counted, event, message, send, write
 
-import redis_store
 import token_store
-from reply_answers import Answers
-from reply_journal import Journal
-from reply_late import LateAnswers, LateFiles, LateStore
-from reply_once import ReplyOnce
+import wechat.redis_store
 from token_store import TokenError, TokenStore
-from wxconfig import Config
+from wechat.answers import Answers
+from wechat.config import Config
+from wechat.journal import Journal
+from wechat.late import LateAnswers, LateFiles, LateStore
+from wechat.once import ReplyOnce
 from wxsim.fake_api import FakeApi
 
 NAME, WHO = "gh_1+alice+1", "gh_1+alice"
@@ -87,15 +87,15 @@ class Shared:
 
 BEGIN = """
 import os, sys, time
-import redis_store, reply_journal, token_store, wxconfig
+import wechat.redis_store, wechat.journal, token_store, wechat.config
 from pathlib import Path
-from reply_late import LateAnswers, LateFiles
-from reply_once import ReplyOnce
-config = wxconfig.load()
+from wechat.late import LateAnswers, LateFiles
+from wechat.once import ReplyOnce
+config = wechat.config.load()
 if config.redis:
-    answers, store = redis_store.answers(config), redis_store.late(config)
+    answers, store = wechat.redis_store.answers(config), wechat.redis_store.late(config)
 else:
-    answers = reply_journal.Journal(config.state_dir / "replies")
+    answers = wechat.journal.Journal(config.state_dir / "replies")
     store = LateFiles(config.state_dir.parent.parent / "late")
 late = LateAnswers(store)
 def write(message, reply, late):
@@ -112,12 +112,12 @@ def ready():
 
 def answers(config: Config) -> Answers:
     if config.redis:
-        return redis_store.answers(config)
+        return wechat.redis_store.answers(config)
     return Journal(config.state_dir / "replies")
 
 
 def late_store(config: Config, folder: Path) -> LateStore:
-    return redis_store.late(config) if config.redis else LateFiles(folder / "late")
+    return wechat.redis_store.late(config) if config.redis else LateFiles(folder / "late")
 
 
 def go(processes: list[Any]) -> list[str]:
@@ -387,7 +387,7 @@ def test_a_killed_owners_message_is_taken_over_within_seconds(
 def test_a_run_is_its_owners_however_long_it_takes(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_store, "LEASE", 0.5)  # which is renewed
+    monkeypatch.setattr(wechat.redis_store, "LEASE", 0.5)  # which is renewed
     bot = Counted(b"answer", seconds=2.0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(shared.once(timeout=8.0).answer, message(), bot)

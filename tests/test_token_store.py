@@ -1038,7 +1038,7 @@ def test_it_works_when_copied_out_alone(fake_api: FakeApi, tmp_path: Path) -> No
     alone = [sys.executable, "-S", "token_store.py"]
     result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
-    assert "needs wxconfig.py" in result.stderr
+    assert "needs wechat/config.py" in result.stderr
 
 
 def test_threads_of_one_store_share_one_fetch(make: Maker, fake_api: FakeApi) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 import wxserver
-from wxconfig import Config, ConfigError
-from wxmessage import from_xml
+from wechat.config import Config, ConfigError
+from wechat.message import from_xml
 from wxserver import create_application
 
 TestApp.__test__ = False

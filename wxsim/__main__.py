@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import wxconfig
-from wxconfig import ConfigError
+import wechat.config
+from wechat.config import ConfigError
 from wxsim import client, fake_api, follower, load, messages
 from wxsim.client import Account
 from wxsim.messages import EVENTS, MESSAGES, Outgoing
@@ -240,7 +240,7 @@ def _run() -> None:
         except ModuleNotFoundError:
             sys.exit("wxsim check: needs Linux or macOS; on Windows use WSL")
         sys.exit(check.main(arguments.url))
-    config = wxconfig.load()
+    config = wechat.config.load()
     if arguments.command == "api":
         fake_api.main(arguments, config)
         return

@@ -18,11 +18,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import token_store
-import wxapi
-import wxconfig
-import wxcrypto
-from wxapi import ApiError
-from wxconfig import Config, ConfigError
+import wechat.api
+import wechat.config
+import wechat.crypto
+from wechat.api import ApiError
+from wechat.config import Config, ConfigError
 from wxsim import client
 from wxsim.client import Account, NoAnswer
 
@@ -44,9 +44,9 @@ def main(url: str) -> int:
     ``url`` is the callback's public address; without it the callback cannot be checked, which is
     not ok. Return the exit status: 0 when all is ok, else 1.
     """
-    path = Path(os.environ.get("WXSERVER_CONFIG") or wxconfig.HERE / "config.ini").absolute()
+    path = Path(os.environ.get("WXSERVER_CONFIG") or wechat.config.HERE / "config.ini").absolute()
     try:
-        config, problem = wxconfig.load(path), ""
+        config, problem = wechat.config.load(path), ""
     except ConfigError as error:
         config, problem = Config(), str(error)
     points: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
@@ -87,7 +87,7 @@ def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
 
 def _config(config: Config, path: Path) -> str:
     """All is installed and set that the account needs."""
-    wxcrypto.from_config(config)
+    wechat.crypto.from_config(config)
     token_store.from_config(config)
     source = str(config.state_dir / "callback_token")
     if config.token:
@@ -182,7 +182,7 @@ def _callback(config: Config, url: str) -> str:
     # To make one is the server's to do: it is shown, and belongs to whoever makes it.
     if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
-    if why := client.verify(Account(url, wxconfig.callback_token(config))):
+    if why := client.verify(Account(url, wechat.config.callback_token(config))):
         raise Fault(why)
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return "echostr came back on this machine; WeChat needs a public address"
@@ -198,7 +198,7 @@ def _token(config: Config) -> str:
 
 def _getcallbackip(config: Config) -> str:
     """The classic first call works."""
-    addresses = wxapi.from_config(config).call("getcallbackip").get("ip_list")
+    addresses = wechat.api.from_config(config).call("getcallbackip").get("ip_list")
     if not isinstance(addresses, list) or not addresses:
         raise Fault("WeChat's answer has no addresses; try again later")
     return f"addresses that WeChat calls from: {len(addresses)}"
@@ -208,7 +208,7 @@ def _callback_check(config: Config) -> str:
     """WeChat resolves the name in the console's URL, and its ping comes back."""
     asked = {"action": "all", "check_operator": "DEFAULT"}
     try:
-        answer = wxapi.from_config(config).call("callback/check", asked)
+        answer = wechat.api.from_config(config).call("callback/check", asked)
     except ApiError as error:
         if error.errcode != _NO_URL:
             raise

@@ -22,10 +22,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
-import wxconfig
-import wxcrypto
-from wxconfig import Config
-from wxcrypto import MessageCipher
+import wechat.config
+import wechat.crypto
+from wechat.config import Config
+from wechat.crypto import MessageCipher
 from wxsim import messages
 from wxsim.messages import Outgoing
 
@@ -67,8 +67,8 @@ def account(config: Config, url: str = "", token: str = "") -> Account:
     """
     return Account(
         url or f"http://127.0.0.1:8000{config.path}",
-        token or wxconfig.callback_token(config),
-        wxcrypto.from_config(config),
+        token or wechat.config.callback_token(config),
+        wechat.crypto.from_config(config),
         config.encryption,
     )
 
@@ -90,10 +90,10 @@ def signed_url(to: Account, more: dict[str, str], encrypt: str = "") -> str:
     ``encrypt`` is the Encrypt of the body, if it has one: msg_signature covers it.
     """
     timestamp, nonce = str(int(time.time())), str(secrets.randbelow(10**9))
-    signature = wxcrypto.sign(to.token, timestamp, nonce)
+    signature = wechat.crypto.sign(to.token, timestamp, nonce)
     query = {"signature": signature, "timestamp": timestamp, "nonce": nonce, **more}
     if encrypt:
-        signature = wxcrypto.sign(to.token, timestamp, nonce, encrypt)
+        signature = wechat.crypto.sign(to.token, timestamp, nonce, encrypt)
         query |= {"encrypt_type": "aes", "msg_signature": signature}
     return f"{to.url}{'&' if '?' in to.url else '?'}{urlencode(query)}"
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 if TYPE_CHECKING:
-    from wxconfig import Config
+    from wechat.config import Config
 
 LIFE = 7200  # seconds that a token lives
 OVERLAP = 300  # seconds for which an old token and the new one are both good

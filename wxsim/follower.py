@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-import wxcrypto
-import wxmessage
-from wxcrypto import DecryptError
-from wxmessage import Message
+import wechat.crypto
+import wechat.message
+from wechat.crypto import DecryptError
+from wechat.message import Message
 from wxsim.client import Account
 
 FAULT = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
@@ -65,7 +65,7 @@ def _decrypted(to: Account, body: bytes) -> bytes:
         if not isinstance(envelope.get(name), str):
             raise Malformed(f"the envelope has no {name}, or more than one")
     encrypt, signed = envelope["Encrypt"], (envelope["TimeStamp"], envelope["Nonce"])
-    if not wxcrypto.verify(envelope["MsgSignature"], to.token, *signed, encrypt):
+    if not wechat.crypto.verify(envelope["MsgSignature"], to.token, *signed, encrypt):
         raise Malformed("MsgSignature is wrong")
     try:
         return to.cipher.decrypt(encrypt)
@@ -84,7 +84,7 @@ def _parse(body: bytes) -> Message:
     if not start.startswith(b"<"):
         raise Malformed("it is neither XML nor success")
     try:
-        # Not wxmessage.from_xml, which puts up with what a follower typed. WeChat does not.
+        # Not wechat.message.from_xml, which puts up with what a follower typed. WeChat does not.
         root = ElementTree.fromstring(body, ElementTree.XMLParser(encoding="utf-8"))
         fields = _fields(root)
     except (ElementTree.ParseError, RecursionError) as error:
@@ -125,8 +125,8 @@ def _show(message: Message, reply: Message) -> tuple[str, str]:
     match reply:
         case {"MsgType": "text", "Content": str(text)}:
             size = len(text.encode())
-            if size > wxmessage.MAX_TEXT:
-                raise Malformed(f"the text has {size} bytes; {wxmessage.MAX_TEXT} are allowed")
+            if size > wechat.message.MAX_TEXT:
+                raise Malformed(f"the text has {size} bytes; {wechat.message.MAX_TEXT} are allowed")
             return text, ""
         case {"MsgType": "image", "Image": {"MediaId": str(media)}} if media:
             return f"[image {media}]", ""
@@ -152,7 +152,7 @@ def _show_articles(message: Message, items: Any, count: object) -> tuple[str, st
         raise Malformed("an article has no Title, Description, PicUrl or Url")
     if count != str(len(articles)):
         raise Malformed(f"ArticleCount is {count}, and there are {len(articles)} articles")
-    most = wxmessage.MAX_ARTICLES if message.get("MsgType") == "event" else 1
+    most = wechat.message.MAX_ARTICLES if message.get("MsgType") == "event" else 1
     note = "" if len(articles) <= most else f"{len(articles)} articles; WeChat shows {most} here"
     fields = ("Title", "Description", "Url")
     lines = [_bracketed("article", *map(article.get, fields)) for article in articles[:most]]

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from wxmessage import Message
+from wechat.message import Message
 
 ACCOUNT = "gh_97417a04a28d"  # the made-up account that all messages are sent to
 _NAME = r"[A-Za-z_][\w-]*"  # of an XML element

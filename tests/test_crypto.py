@@ -9,8 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-import wxcrypto
-from wxcrypto import DecryptError, MessageCipher
+from wechat.crypto import DecryptError, MessageCipher, sign, verify
 
 KEY, APPID = "A" * 43, "wxba5fad812f8e6fb9"  # of the worked examples
 ENCRYPT = (
@@ -38,37 +37,37 @@ RESPONSE = (
 def test_the_official_examples_are_signed_and_verified(
     timestamp: str, nonce: str, signature: str
 ) -> None:
-    assert wxcrypto.sign("AAAAA", timestamp, nonce) == signature
-    assert wxcrypto.verify(signature, "AAAAA", timestamp, nonce)
+    assert sign("AAAAA", timestamp, nonce) == signature
+    assert verify(signature, "AAAAA", timestamp, nonce)
 
 
 def test_another_token_timestamp_or_nonce_is_not_verified() -> None:
-    signature = wxcrypto.sign("AAAAA", "1714036504", "1514711492")
-    assert not wxcrypto.verify(signature, "AAAAB", "1714036504", "1514711492")
-    assert not wxcrypto.verify(signature, "AAAAA", "1714036505", "1514711492")
-    assert not wxcrypto.verify(signature, "AAAAA", "1714036504", "1514711493")
+    signature = sign("AAAAA", "1714036504", "1514711492")
+    assert not verify(signature, "AAAAB", "1714036504", "1514711492")
+    assert not verify(signature, "AAAAA", "1714036505", "1514711492")
+    assert not verify(signature, "AAAAA", "1714036504", "1514711493")
 
 
 def test_an_empty_token_verifies_nothing_not_even_its_own_signature() -> None:
-    assert not wxcrypto.verify(wxcrypto.sign("", "1714036504", "1"), "", "1714036504", "1")
+    assert not verify(sign("", "1714036504", "1"), "", "1714036504", "1")
 
 
 def test_signatures_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compare = Mock(wraps=hmac.compare_digest)
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    assert not wxcrypto.verify("0" * 40, "AAAAA", "1714036504", "1514711492")
+    assert not verify("0" * 40, "AAAAA", "1714036504", "1514711492")
     compare.assert_called_once_with(b"f464b24fc39322e44b38aa78f5edd27bd1441696", b"0" * 40)
 
 
 def test_the_parts_are_sorted_as_bytes() -> None:
     # U+FF5A comes before U+1F600 in UTF-8 (and after it in UTF-16).
-    assert wxcrypto.sign("\uff5a", "\U0001f600") == wxcrypto.sign("\U0001f600", "\uff5a")
-    assert wxcrypto.sign("", "\U0001f600", "\uff5a") == wxcrypto.sign("\uff5a\U0001f600")
+    assert sign("\uff5a", "\U0001f600") == sign("\U0001f600", "\uff5a")
+    assert sign("", "\U0001f600", "\uff5a") == sign("\uff5a\U0001f600")
 
 
 def test_the_official_message_is_verified_and_decrypted() -> None:
     signature = "046e02f8204d34f8ba5fa3b1db94908f3df2e9b3"
-    assert wxcrypto.verify(signature, "AAAAA", "1714112445", "415670741", ENCRYPT)
+    assert verify(signature, "AAAAA", "1714112445", "415670741", ENCRYPT)
     assert MessageCipher(KEY, APPID).decrypt(ENCRYPT) == MESSAGE
 
 
@@ -77,7 +76,7 @@ def test_the_official_response_is_encrypted_and_signed() -> None:
     encrypt = cipher.encrypt(b'{"demo_resp":"good luck"}', b"707722b803182950")
     assert encrypt == RESPONSE
     signature = "1b9339964ed2e271e7c7b6ff2b0ef902fc94dea1"
-    assert wxcrypto.sign("AAAAA", "1713424427", "415670741", encrypt) == signature
+    assert sign("AAAAA", "1713424427", "415670741", encrypt) == signature
 
 
 @given(st.binary(min_size=1, max_size=200), st.text("AQgw", min_size=1, max_size=20))

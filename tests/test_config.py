@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
-import wxconfig
-from wxconfig import Config, ConfigError, callback_token, load
+import wechat.config
+from wechat.config import Config, ConfigError, callback_token, load
 
 ACCOUNT = "[wechat]\nappid = wx1\nappsecret = 0123456789abcdef\n"
 
@@ -266,7 +266,7 @@ def test_a_config_does_not_print_its_secrets() -> None:
 
 def test_the_readme_and_config_ini_explain_every_key() -> None:
     readme, shipped = ((ROOT / name).read_text() for name in ("README.md", "config.ini"))
-    for section, keys in wxconfig._KEYS.items():
+    for section, keys in wechat.config._KEYS.items():
         assert f"[{section}]" in readme
         assert f"[{section}]" in shipped
         for key in keys:
@@ -297,8 +297,8 @@ def test_a_made_token_is_kept_private_and_shown_once(
 
 def test_processes_that_start_together_make_one_token(tmp_path: Path, run: Run) -> None:
     script = (
-        "import sys, wxconfig, pathlib; sys.stdin.read(1);"
-        "print(wxconfig.callback_token(wxconfig.Config(state_dir=pathlib.Path(sys.argv[1]))))"
+        "import sys, wechat.config, pathlib; sys.stdin.read(1);"
+        "print(wechat.config.callback_token(wechat.config.Config(state_dir=pathlib.Path(sys.argv[1]))))"
     )
     processes = [run("-c", script, str(tmp_path / "state")) for _ in range(8)]
     outputs = [process.communicate("x") for process in processes]
@@ -340,7 +340,7 @@ def test_state_dir_is_its_owners_alone_whatever_the_umask(tmp_path: Path, umask:
     config.state_dir.parent.mkdir()
     before = os.umask(umask)
     try:
-        wxconfig.make_state_dir(config)
+        wechat.config.make_state_dir(config)
     finally:
         os.umask(before)
     assert config.state_dir.stat().st_mode & 0o777 == 0o700

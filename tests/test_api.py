@@ -9,8 +9,7 @@ import pytest
 from conftest import APPID, APPSECRET, Run, config_for
 
 import token_store
-import wxapi
-from wxapi import Api, ApiError
+from wechat.api import Api, ApiError
 from wxsim.fake_api import FakeApi
 
 
@@ -103,7 +102,7 @@ def test_no_answer_is_an_exception_that_names_the_host_not_the_token(
 def test_the_command_prints_the_servers_of_wechat(
     fake_api: FakeApi, tmp_path: Path, run: Run
 ) -> None:
-    process = run(wxapi.__file__, "getcallbackip", env=config_for(fake_api, tmp_path))
+    process = run("-m", "wechat.api", "getcallbackip", env=config_for(fake_api, tmp_path))
     out, err = process.communicate()
     assert (json.loads(out), err, process.returncode) == ({"ip_list": ["101.226.62.77"]}, "", 0)
 
@@ -111,14 +110,14 @@ def test_the_command_prints_the_servers_of_wechat(
 def test_the_command_posts_a_json_body(fake_api: FakeApi, tmp_path: Path, run: Run) -> None:
     body = '{"touser": "o1", "command": "Typing"}'
     env = config_for(fake_api, tmp_path)
-    out, _ = run(wxapi.__file__, "message/custom/typing", body, env=env).communicate()
+    out, _ = run("-m", "wechat.api", "message/custom/typing", body, env=env).communicate()
     assert json.loads(out) == {"errcode": 0, "errmsg": "ok"}
     assert json.loads(fake_api.calls[0][2]) == json.loads(body)
 
 
 @pytest.mark.parametrize("body", ["{", "[]", "[" * 100_000])
 def test_the_command_refuses_a_body_that_is_no_json_object(body: str, run: Run) -> None:
-    process = run(wxapi.__file__, "x", body)
+    process = run("-m", "wechat.api", "x", body)
     assert "the body is not" in process.communicate()[1]
     assert process.returncode == 2
 
@@ -127,9 +126,9 @@ def test_the_command_says_on_stderr_what_went_wrong(
     fake_api: FakeApi, tmp_path: Path, run: Run
 ) -> None:
     fake_api.failure = b'{"errcode": 40164, "errmsg": "invalid ip 1.2.3.4, not in whitelist"}'
-    process = run(wxapi.__file__, "getcallbackip", env=config_for(fake_api, tmp_path))
+    process = run("-m", "wechat.api", "getcallbackip", env=config_for(fake_api, tmp_path))
     out, err = process.communicate()
     assert (out, process.returncode) == ("", 1)
-    assert err.startswith("wxapi: errcode 40164")
+    assert err.startswith("wechat.api: errcode 40164")
     assert err.count("\n") == 1
     assert "add 1.2.3.4 to the account's IP whitelist" in err

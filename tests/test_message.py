@@ -11,13 +11,13 @@ from conftest import message_xml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import wxmessage
-from wxmessage import MessageError, from_xml, to_xml
+import wechat.message
+from wechat.message import MessageError, from_xml, to_xml
 
 
 def answer(*arguments: Any) -> bytes | None:
     """Return the first or only part of an answer."""
-    return next(iter(wxmessage.answer(*arguments)), None)
+    return next(iter(wechat.message.answer(*arguments)), None)
 
 
 MESSAGE = from_xml(message_xml())
@@ -228,9 +228,9 @@ def test_the_reason_does_not_quote_the_message() -> None:
 @pytest.mark.parametrize("missing", ["ToUserName", "FromUserName", "MsgType"])
 @pytest.mark.parametrize("value", [None, "", {"a": "b"}, ["text", "text"]])
 def test_a_message_that_cannot_be_answered_is_refused(missing: str, value: Any) -> None:
-    wxmessage.check(MESSAGE)
+    wechat.message.check(MESSAGE)
     with pytest.raises(MessageError, match=missing):
-        wxmessage.check(MESSAGE | {missing: value})
+        wechat.message.check(MESSAGE | {missing: value})
 
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,12}", fullmatch=True)
@@ -290,7 +290,7 @@ def test_a_name_that_is_no_element_and_a_value_that_is_no_text_are_errors() -> N
             to_xml({"Content": value})
 
 
-def replied(reply: wxmessage.Reply, message: dict[str, Any] = MESSAGE) -> dict[str, Any]:
+def replied(reply: wechat.message.Reply, message: dict[str, Any] = MESSAGE) -> dict[str, Any]:
     whole = answer(message, reply, 1714112446.9)
     assert whole is not None
     read = from_xml(whole)
@@ -301,16 +301,21 @@ def replied(reply: wxmessage.Reply, message: dict[str, Any] = MESSAGE) -> dict[s
 
 
 def test_the_official_reply_of_every_kind() -> None:
-    assert replied("hi") == replied(wxmessage.text("hi")) == {"MsgType": "text", "Content": "hi"}
-    assert replied(wxmessage.image("m1")) == {"MsgType": "image", "Image": {"MediaId": "m1"}}
-    assert replied(wxmessage.voice("m1")) == {"MsgType": "voice", "Voice": {"MediaId": "m1"}}
-    assert replied(wxmessage.video("m1")) == {"MsgType": "video", "Video": {"MediaId": "m1"}}
-    assert replied(wxmessage.video("m1", "t", "d")) == {
+    assert (
+        replied("hi") == replied(wechat.message.text("hi")) == {"MsgType": "text", "Content": "hi"}
+    )
+    assert replied(wechat.message.image("m1")) == {"MsgType": "image", "Image": {"MediaId": "m1"}}
+    assert replied(wechat.message.voice("m1")) == {"MsgType": "voice", "Voice": {"MediaId": "m1"}}
+    assert replied(wechat.message.video("m1")) == {"MsgType": "video", "Video": {"MediaId": "m1"}}
+    assert replied(wechat.message.video("m1", "t", "d")) == {
         "MsgType": "video",
         "Video": {"MediaId": "m1", "Title": "t", "Description": "d"},
     }
-    assert replied(wxmessage.music("m1")) == {"MsgType": "music", "Music": {"ThumbMediaId": "m1"}}
-    assert replied(wxmessage.music("m1", "u", "t", "d", "hq")) == {
+    assert replied(wechat.message.music("m1")) == {
+        "MsgType": "music",
+        "Music": {"ThumbMediaId": "m1"},
+    }
+    assert replied(wechat.message.music("m1", "u", "t", "d", "hq")) == {
         "MsgType": "music",
         "Music": {
             "Title": "t",
@@ -321,15 +326,15 @@ def test_the_official_reply_of_every_kind() -> None:
         },
     }
     article = {"Title": "t", "Description": "d", "PicUrl": "p", "Url": "u"}
-    assert replied(wxmessage.news([article])) == {
+    assert replied(wechat.message.news([article])) == {
         "MsgType": "news",
         "ArticleCount": "1",
         "Articles": {"item": article},
     }
-    assert replied(wxmessage.transfer_customer_service()) == {
+    assert replied(wechat.message.transfer_customer_service()) == {
         "MsgType": "transfer_customer_service"
     }
-    assert replied(wxmessage.transfer_customer_service("a@b")) == {
+    assert replied(wechat.message.transfer_customer_service("a@b")) == {
         "MsgType": "transfer_customer_service",
         "TransInfo": {"KfAccount": "a@b"},
     }
@@ -338,11 +343,11 @@ def test_the_official_reply_of_every_kind() -> None:
 @given(st.text(max_size=600) | st.text("a]>&<\n\u3000", max_size=9), st.text("ab]>\0", min_size=1))
 def test_a_text_is_written_as_any_other_reply_is(content: str, openid: str) -> None:
     message = MESSAGE | {"FromUserName": openid}
-    assert answer(message, content, 0) == answer(message, wxmessage.text(content), 0)
+    assert answer(message, content, 0) == answer(message, wechat.message.text(content), 0)
 
 
 def test_numbers_stand_bare_and_text_in_cdata() -> None:
-    whole = answer(MESSAGE, wxmessage.news([{"Title": "t"}]), 1.0)
+    whole = answer(MESSAGE, wechat.message.news([{"Title": "t"}]), 1.0)
     assert whole is not None
     assert b"<ArticleCount>1</ArticleCount>" in whole
     assert b"<CreateTime>1</CreateTime>" in whole
@@ -350,13 +355,13 @@ def test_numbers_stand_bare_and_text_in_cdata() -> None:
 
 
 def test_eight_articles_answer_an_event_and_one_a_message() -> None:
-    eight = wxmessage.news([{"Title": str(n)} for n in range(8)])
+    eight = wechat.message.news([{"Title": str(n)} for n in range(8)])
     assert len(replied(eight, EVENT)["Articles"]["item"]) == 8
     with pytest.raises(ValueError, match="8 articles: 1 to 8 may answer an event, 1 a message"):
         answer(MESSAGE, eight, 0)
     for count in (0, 9):
         with pytest.raises(ValueError, match=f"{count} articles: 1 to 8 may answer an event"):
-            wxmessage.news([{"Title": "t"}] * count)
+            wechat.message.news([{"Title": "t"}] * count)
     by_hand = {"MsgType": "news", "ArticleCount": 1, "Articles": {"item": [{"Title": "t"}] * 9}}
     with pytest.raises(ValueError, match="9 articles"):
         answer(EVENT, by_hand, 0)
@@ -366,8 +371,8 @@ def test_a_reply_goes_to_the_follower_whatever_names_it_has() -> None:
     assert replied({**MESSAGE, "Content": "x"})["Content"] == "x"
 
 
-@pytest.mark.parametrize("reply", [None, "", wxmessage.text(""), "\0"])
-def test_none_and_an_empty_text_are_no_reply(reply: wxmessage.Reply) -> None:
+@pytest.mark.parametrize("reply", [None, "", wechat.message.text(""), "\0"])
+def test_none_and_an_empty_text_are_no_reply(reply: wechat.message.Reply) -> None:
     assert answer(MESSAGE, reply, 0) is None
 
 
@@ -399,7 +404,7 @@ def test_a_reply_by_hand_without_its_content_is_a_clear_error(reply: dict[str, A
 
 def test_an_encrypted_message_is_refused_with_what_to_do() -> None:
     with pytest.raises(MessageError, match="is encrypted; set"):
-        wxmessage.check({"ToUserName": "gh_1", "Encrypt": "abc"})
+        wechat.message.check({"ToUserName": "gh_1", "Encrypt": "abc"})
 
 
 @pytest.mark.parametrize("character", ["a", "é", "你", "😀"])

@@ -23,12 +23,12 @@ import pytest
 from conftest import ROOT, Run, message_xml
 from serving import until
 
-import reply_late
-import reply_once
-from reply_journal import Journal
-from reply_late import LateAnswers, LateFiles, NothingLate
-from reply_once import ReplyOnce
-from wxmessage import from_xml
+import wechat.late
+import wechat.once
+from wechat.journal import Journal
+from wechat.late import LateAnswers, LateFiles, NothingLate
+from wechat.message import from_xml
+from wechat.once import ReplyOnce
 
 PATIENCE = 0.4  # seconds, in place of WeChat's five
 WAIT = b"please wait"
@@ -83,7 +83,7 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
     """Send a message as WeChat does, and return what came of each copy until one was answered."""
     with ThreadPoolExecutor() as threads:
         came: list[Future[bytes | None]] = []
-        for _ in range(reply_once.TRIES):
+        for _ in range(wechat.once.TRIES):
             came.append(threads.submit(once.answer, dict(sent), run))
             try:
                 if came[-1].result(timeout=PATIENCE) is not None:
@@ -196,8 +196,8 @@ COPIES = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
-from reply_journal import Journal
-from test_reply_once import make, message, once_with
+from wechat.journal import Journal
+from test_once import make, message, once_with
 once = make(Path(sys.argv[1]), timeout=8)
 def run():
     with open(sys.argv[2], "a") as runs:
@@ -292,7 +292,7 @@ def test_an_answer_that_nobody_came_back_for_waits_as_well(folder: Path) -> None
 
 def test_the_moment_of_the_last_word_and_of_the_answer_is_one_or_the_other(folder: Path) -> None:
     """The answer comes around the last word: it is got at once or with the next message."""
-    at = (2 + reply_once.ANSWER_WITHIN) * PATIENCE
+    at = (2 + wechat.once.ANSWER_WITHIN) * PATIENCE
     with ThreadPoolExecutor(30) as threads:
 
         def follow(number: int) -> tuple[bytes | None, bytes | None, int]:
@@ -387,8 +387,8 @@ OWNER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
-from reply_journal import Journal
-from test_reply_once import make, message, once_with
+from wechat.journal import Journal
+from test_once import make, message, once_with
 once = make(Path(sys.argv[1]), timeout=5)
 def run():
     print("running", flush=True)
@@ -594,7 +594,7 @@ def test_what_waits_is_kept_for_two_days(folder: Path) -> None:
     for follower in ("alice", "bob"):
         once.answer(message(1, follower), Counted(b"1", b"2", b"3"))
     [alices] = folder.glob("late/*alice")
-    old = time.time() - reply_late.KEEP_LATE - 60
+    old = time.time() - wechat.late.KEEP_LATE - 60
     for path in alices.iterdir():
         os.utime(path, (old, old))
     once = make(folder)
@@ -606,8 +606,8 @@ RACE = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
-from reply_journal import Journal
-from test_reply_once import make, message, once_with
+from wechat.journal import Journal
+from test_once import make, message, once_with
 once = once_with(Journal(Path(sys.argv[1]), remember=1.0), Path(sys.argv[1]), timeout=5)
 print("ready", flush=True)
 began = float(sys.stdin.readline())
@@ -948,8 +948,8 @@ QUEUES = """
 import os, sys, signal
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
-from reply_journal import Journal
-from test_reply_once import make, message
+from wechat.journal import Journal
+from test_once import make, message
 once = make(Path(sys.argv[1]), timeout=5)
 save = once._answers.save
 def die(*arguments):

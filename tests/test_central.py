@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from serving import Server, Site, gunicorn, nginx_site, until
 from webtest import TestApp
 
-import token_service
-from token_service import TokenService
+import wechat.central
 from token_store import TokenError, TokenStore
-from wxconfig import Config
+from wechat.central import TokenService
+from wechat.config import Config
 from wxserver import create_application
 from wxsim.fake_api import FakeApi
 
@@ -154,7 +154,7 @@ def test_nothing_that_a_stranger_sends_is_a_500_or_gets_a_token(
         app.post("/cgi-bin/stable_token", body),
         app.get(f"/cgi-bin/token?{quote(query, safe='&=%+;')}"),
     ):
-        assert answer.json["errcode"] in token_service.ERRMSG
+        assert answer.json["errcode"] in wechat.central.ERRMSG
     assert fake_api.fetches == []
 
 
@@ -193,8 +193,8 @@ def test_without_a_client_it_is_not_there(make_app: Any, fake_api: FakeApi) -> N
 
 def test_without_a_client_it_is_never_imported(run: Run) -> None:
     script = (
-        "import sys, wxserver, wxconfig; wxserver.create_application(wxconfig.Config("
-        "token='AAAAA', once=False)); print('token_service' in sys.modules)"
+        "import sys, wxserver, wechat.config; wxserver.create_application(wechat.config.Config("
+        "token='AAAAA', once=False)); print('wechat.central' in sys.modules)"
     )
     assert run("-c", script).communicate()[0] == "False\n"
 
@@ -730,7 +730,7 @@ def test_a_second_copy_behind_nginx_calls_wechat_as_well(
     (copy / "config.ini").write_text(f"[access_token]\napi_base = {site.base}\n")
     env = {"WXSERVER_CONFIG": str(copy / "config.ini"), "SSL_CERT_FILE": str(site.certificate)}
     env |= {"WX_APPID": APPID, "WX_APPSECRET": SHOP}
-    process = run(str(ROOT / "wxapi.py"), "getcallbackip", env=env)
+    process = run("-m", "wechat.api", "getcallbackip", env=env)
     assert "101.226.62.77" in process.communicate()[0]
     assert "shop (127.0.0.1 for '127.0.0.1') got the access_token" in server.log
 

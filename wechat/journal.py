@@ -1,4 +1,4 @@
-"""What ``reply_once`` remembers on one machine: a journal that all processes append to and read.
+"""What ``once`` remembers on one machine: a journal that all processes append to and read.
 
 A record is one write to a file opened with O_APPEND. The kernel never mixes two of them, so all
 processes read the same records in the same order, and no lock is needed. The first claim of a
@@ -34,8 +34,8 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from reply_answers import REMEMBER, State
-from reply_late import locked_file
+from wechat.answers import REMEMBER, State
+from wechat.late import locked_file
 
 PAGE = 4096  # bytes that are read at first; there are seldom more
 CHECK_INTERVAL = 1.0  # seconds
@@ -131,7 +131,7 @@ class _File:
 
 
 class Journal:
-    """Remembers messages for all threads and processes of a machine; see ``reply_answers.Answers``.
+    """Remembers messages for all threads and processes of a machine; see ``answers.Answers``.
 
     Args:
         folder: for the files; on a local disk, better in memory.

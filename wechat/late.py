@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from reply_answers import ErrorLog
+from wechat.answers import ErrorLog
 
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account write to a follower
 PENDING_FOR = 3600.0  # seconds that a follower's next message waits for a pending answer at most
@@ -40,7 +40,7 @@ PUSH_DELAY = 1.0  # seconds, so that what is pushed comes after the answer itsel
 MAY_BE_LOST = "a late answer may be lost"
 MAY_BE_GIVEN_TWICE = "a late answer may be given twice"
 
-log = logging.getLogger("reply_once")
+log = logging.getLogger("wechat.once")
 
 
 class LateStore(Protocol):

@@ -1,6 +1,6 @@
 """The access_token and the answers in Redis, for several machines.
 
-The rules are those of ``token_store`` and ``reply_once``; here is only where they keep what they
+The rules are those of ``token_store`` and ``once``; here is only where they keep what they
 know. Whoever fetches a token or runs ``reply()`` has a lock of redis-py's, renewed as long as its
 process lives, so that it is free seconds after its death. Every key has the AppID and ends by
 itself:
@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import token_store
-from reply_answers import REMEMBER, State
-from reply_late import KEEP_LATE
 from token_store import LONGEST_WAIT, TokenStore
-from wxconfig import ConfigError
+from wechat.answers import REMEMBER, State
+from wechat.config import ConfigError
+from wechat.late import KEEP_LATE
 
 try:
     import redis
@@ -43,7 +43,7 @@ except ModuleNotFoundError:
     raise ConfigError("[shared] redis needs the package redis: pip install '.[redis]'") from None
 
 if TYPE_CHECKING:
-    from wxconfig import Config
+    from wechat.config import Config
 
 TIMEOUT = 1.0  # seconds to connect, and to answer: WeChat waits five for everything
 PAUSE = 1.0  # seconds that a Redis is left alone after a failure, so that not all wait for it
@@ -53,7 +53,7 @@ CONNECTIONS = 1024  # more than a process has threads; redis-py's own limit may 
 
 _OPTION = re.compile("db|username|password|ssl_.*")
 
-log = logging.getLogger("redis_store")
+log = logging.getLogger("wechat.redis_store")
 
 
 class _Redis:
@@ -242,7 +242,7 @@ class RedisTokenStore(TokenStore):
 
 
 class RedisAnswers:
-    """Remembers messages for all machines; see ``reply_answers.Answers``.
+    """Remembers messages for all machines; see ``answers.Answers``.
 
     A message takes two round trips, and its answer a third. The owner of a message has its lock,
     which lasts a little longer than the answer is needed.
@@ -346,7 +346,7 @@ class RedisAnswers:
 
 
 class RedisLate:
-    """Keeps late answers for all machines; see ``reply_late.LateStore``.
+    """Keeps late answers for all machines; see ``late.LateStore``.
 
     A follower has a hash with a field for each message.
 

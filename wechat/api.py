@@ -1,10 +1,10 @@
 """Calling WeChat's API with the account's access_token.
 
-    api = wxapi.from_config(wxconfig.load())
+    api = wechat.api.from_config(wechat.config.load())
     api.call("getcallbackip")
     api.call("message/custom/typing", {"touser": openid, "command": "Typing"})
 
-``python wxapi.py getcallbackip`` does the same in a shell. What the error codes
+``python -m wechat.api getcallbackip`` does the same in a shell. What the error codes
 mean is in token_store.py, which has to work without this file.
 """
 
@@ -22,9 +22,9 @@ from token_store import ApiError as ApiError
 from token_store import TokenStore
 
 if TYPE_CHECKING:
-    from wxconfig import Config
+    from wechat.config import Config
 
-log = logging.getLogger("wxapi")
+log = logging.getLogger("wechat.api")
 ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
 
 
@@ -65,7 +65,7 @@ class Api:
 
         Args:
             openid: the follower.
-            reply: a dict from a builder of wxmessage, or what ``reply()`` was answered with.
+            reply: a dict from a builder of wechat.message, or what ``reply()`` was answered with.
 
         Raises:
             ApiError: WeChat refused it, or this kind of reply cannot be sent this way.
@@ -124,11 +124,11 @@ def main() -> None:
     """Call WeChat's API and print the answer as JSON."""
     import argparse
 
-    import wxconfig
+    import wechat.config
 
     parser = argparse.ArgumentParser(
         description=main.__doc__,
-        epilog="The classic first test of an account: wxapi.py getcallbackip",
+        epilog="The classic first test of an account: python -m wechat.api getcallbackip",
     )
     parser.add_argument("path", help="getcallbackip, user/info?openid=…, /datacube/getusersummary")
     parser.add_argument("body", nargs="?", help="a JSON object to POST; without it the call is GET")
@@ -142,9 +142,9 @@ def main() -> None:
         if not isinstance(body, dict):
             parser.error("the body is not a JSON object")
     try:
-        answer = from_config(wxconfig.load()).call(arguments.path, body)
-    except (ApiError, wxconfig.ConfigError, UnicodeEncodeError) as error:
-        sys.exit(f"wxapi: {error}")
+        answer = from_config(wechat.config.load()).call(arguments.path, body)
+    except (ApiError, wechat.config.ConfigError, UnicodeEncodeError) as error:
+        sys.exit(f"wechat.api: {error}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese
     print(json.dumps(answer, ensure_ascii=False, indent=2))

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wxconfig import Config
+    from wechat.config import Config
 
 BLOCK = 32  # bytes; the platform pads to twice the block of AES
 
@@ -134,7 +134,7 @@ def from_config(config: Config) -> MessageCipher | None:
     try:
         return MessageCipher(config.encoding_aes_key, config.appid)
     except ModuleNotFoundError:
-        from wxconfig import ConfigError
+        from wechat.config import ConfigError
 
         raise ConfigError(
             f"[wechat] encryption = {config.encryption} needs the package cryptography:"

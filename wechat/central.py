@@ -20,12 +20,12 @@ from urllib.parse import parse_qsl, urlencode
 
 import token_store
 from token_store import ApiError, TokenError, TokenStore
-from wxapi import ANOTHER_TOKEN
+from wechat.api import ANOTHER_TOKEN
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wxconfig import Config
+    from wechat.config import Config
 
 PATIENCE = 2.0  # seconds for WeChat to say whether a token is good: whoever asks may wait just 5
 LOOKS, LOOKS_APART = 10, 30.0  # how often it is asked: so many times at once, then every 30 s
@@ -46,7 +46,7 @@ _JSON = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 # Any of these shows that a request from this machine is somebody else's, passed on by a proxy.
 _PASSED_ON = ("FORWARDED", "X_FORWARDED_FOR", "X_FORWARDED_PROTO", "X_REAL_IP", "VIA")
 
-log = logging.getLogger("token_service")
+log = logging.getLogger("wechat.central")
 
 
 class _Refused(Exception):
@@ -87,7 +87,7 @@ class TokenService:
         """Answer a request for the token.
 
         Args:
-            environ: the request, by WSGI; its path is one of ``wxconfig.CENTRAL_PATHS``.
+            environ: the request, by WSGI; its path is one of ``wechat.config.CENTRAL_PATHS``.
             read: returns the request's body; what it raises is not caught.
 
         Returns:

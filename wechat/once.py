@@ -5,7 +5,7 @@ thread, process or machine. The first one claims the message and runs ``reply()`
 for the answer. If the owner process dies, one of them runs ``reply()`` again. An answer that no
 try can take any more is late: it waits for the follower's next message.
 
-``reply_answers`` says what the tries share for seconds, ``reply_late`` what waits, for two days.
+``answers`` says what the tries share for seconds, ``late`` what waits, for two days.
 Source of the rules: the platform's 接收普通消息 (when it sends again, and what tells
 messages apart).
 """
@@ -21,8 +21,8 @@ from functools import partial
 from threading import Thread
 from typing import Any, NamedTuple, TypeAlias
 
-from reply_answers import Answers, ErrorLog, State, Waiters
-from reply_late import LateAnswers
+from wechat.answers import Answers, ErrorLog, State, Waiters
+from wechat.late import LateAnswers
 
 Message: TypeAlias = dict[str, Any]
 Parts: TypeAlias = list[bytes]  # XML of one or more messages; an empty list is silence

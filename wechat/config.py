@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-# Where token_service.py answers when [central] names a client; WeChat's own names.
+HERE = Path(__file__).resolve().parent.parent  # where wxserver.py is
+# Where wechat/central.py answers when [central] names a client; WeChat's own names.
 CENTRAL_PATHS = ("/cgi-bin/stable_token", "/cgi-bin/token")
 log = logging.getLogger("wxserver")
 
@@ -165,7 +165,7 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
 
     Args:
         path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
-            this module. Relative paths in it are relative to it.
+            wxserver.py. Relative paths in it are relative to it.
         environ: where WX_TOKEN, WX_APPID, WX_APPSECRET, WX_ENCODING_AES_KEY and WX_REDIS win over
             the file when they are set; and systemd's RUNTIME_DIRECTORY.
 

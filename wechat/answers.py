@@ -1,6 +1,6 @@
 """What the tries of a message share, how they wait for its answer, and what is logged of failures.
 
-``Answers`` is the interface of the place that they share: ``reply_journal`` is that of one machine,
+``Answers`` is the interface of the place that they share: ``journal`` is that of one machine,
 ``redis_store`` that of several.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 REMEMBER = 20.0  # seconds that a message is remembered at least; its tries come within 15
 LOG_INTERVAL = 10.0  # seconds between two errors in the log: a full disk is full for all messages
 
-log = logging.getLogger("reply_once")
+log = logging.getLogger("wechat.once")
 
 
 class State(NamedTuple):
