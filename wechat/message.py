@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
@@ -28,39 +27,33 @@ FILLED_BY_FOLLOWERS = frozenset(
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
-_PROLOG = re.compile(r"\ufeff?\s*(?:<\?xml\s[^>]*\?>\s*)?(?=<xml[\s/>])")
-# One of: an end tag; an empty element; a start tag and <![CDATA[; a bare text between its two
-# tags; a start tag. Attributes are passed over, for WeChat sends none.
+# Attributes are passed over, here and below: WeChat sends none.
+_BODY = re.compile(r"\ufeff?\s*(?:<\?xml\s[^>]*\?>\s*)?<xml(?:\s[^<>]*)?>(.*)</xml>\s*", re.DOTALL)
+# A whole element with a text, or a tag of one with elements. The last group that matches tells
+# which. A CDATA section is taken up to its first end mark.
 _TAG = re.compile(
-    rf"\s*<(?:/({_NAME.pattern})>"
-    rf"|({_NAME.pattern})(?:\s[^<>]*?)?(?:(/)>|>(?:(<!\[CDATA\[)|([^<]*)</\2>)?))",
-    re.ASCII,
+    rf"\s*<(?:/({_NAME.pattern})"
+    rf"|({_NAME.pattern})(?:\s[^<>]*?)?(?:(/)"
+    r"|>(?:([^<]*)</\2|<!\[CDATA\[(.*?)\]\]></\2))?)>",
+    re.ASCII | re.DOTALL,
 )
+_END_TAG, _START_TAG, _EMPTY, _BARE, _CDATA = 1, 2, 3, 4, 5
 _ESCAPED_END = "]]]]><![CDATA[>"  # of a CDATA section, in the text of a sender that escapes it
+
+# An element: the names and positions of those around it, from the outside, and then its own.
+_Path: TypeAlias = tuple[tuple[str, int], ...]
 
 
 class MessageError(ValueError):
     """The bytes are no message of WeChat's. The text says why and quotes nothing of them."""
 
 
-class _Element(NamedTuple):
-    name: str
-    position: int  # of its start tag, which tells it from others of its name
-    is_repeated: bool  # it is in an element of the message itself that is not the first of its name
+class _Leaf(NamedTuple):
+    """An element with a text."""
 
-
-_Path: TypeAlias = tuple[_Element, ...]
-
-
-@dataclass(slots=True)
-class _Leaf:
-    """A text of the body: a CDATA section, which may end at several places, or a bare text."""
-
-    parents: _Path
-    name: str
-    start: int
-    end: int
-    is_cdata: bool = False
+    path: _Path
+    text: str
+    start: int  # position of the text in a CDATA section, 0 if it stands bare
 
 
 def from_xml(body: bytes) -> Message:
@@ -76,126 +69,125 @@ def from_xml(body: bytes) -> Message:
     """
     text = _NOT_XML.sub("", body.decode(errors="replace"))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    prolog = _PROLOG.match(text)
-    if not prolog:
+    whole = _BODY.fullmatch(text)
+    if not whole:
         raise MessageError(f"the body is {_description(text)}")
-    root = _read(text, prolog.end())["xml"]
-    return root if isinstance(root, dict) else {}
+    return _read(whole[1].rstrip())
 
 
-def _read(text: str, start: int) -> Message:
-    """Read the element at ``start``, after which nothing may follow in ``text``.
+def _read(body: str) -> Message:
+    """Read the elements of a message.
 
     A CDATA section is first taken to end at its first end mark. Where the reading cannot go on, the
     last section that has another end mark ends there, and the reading goes on after it. Of all
     readings the simplest is right.
 
     Raises:
-        MessageError: there is none.
+        MessageError: there is no reading.
     """
     leaves: list[_Leaf] = []
     parents: _Path = ()
-    position, message, lowest_cost = start, None, (0, 0, 0)
+    position, message, lowest_cost = 0, None, (0, 0, 0)
     for _ in range(MAX_STEPS):
-        place = None
-        if message is None or _cost(text, leaves) < lowest_cost:
-            if parents or not leaves:
-                place = _read_tag(text, position, parents, leaves)
-            elif not text[position:].strip():
-                message, lowest_cost = _tree(text, leaves), _cost(text, leaves)
+        tag = None
+        if message is None or _cost(leaves) < lowest_cost:
+            if parents or position < len(body):
+                tag = _TAG.match(body, position)
+            else:
+                message, lowest_cost = _tree(leaves), _cost(leaves)
                 if not lowest_cost[1]:  # no text looks like XML: there is no simpler reading
                     break
-        place = place or _end_elsewhere(text, leaves)
-        if not place:
+        after = tag and _after(tag, parents, leaves)
+        if tag and after is not None:
+            parents, position = after, tag.end()
+        elif place := _end_elsewhere(body, leaves):
+            parents, position = place
+        else:
             break
-        parents, position = place
     if message is None:
         raise MessageError("the body is not WeChat's XML")
     return message
 
 
-def _cost(text: str, leaves: list[_Leaf]) -> tuple[int, int, int]:
+def _after(tag: re.Match[str], parents: _Path, leaves: list[_Leaf]) -> _Path | None:
+    """Add the leaf that ``tag`` is, if any.
+
+    Returns:
+        The elements that are open after the tag; None if it cannot stand here.
+    """
+    kind = tag.lastindex
+    if kind == _END_TAG:
+        return parents[:-1] if parents and parents[-1][0] == tag[1] else None
+    path = (*parents, (tag[2], tag.start()))
+    if kind == _START_TAG:
+        return path if len(path) <= MAX_DEPTH else None
+    if kind == _CDATA:
+        if _is_typed(path, leaves):
+            return None
+        leaves.append(_Leaf(path, tag[5], tag.start(5)))
+    else:
+        if "]]>" in (tag[4] or ""):
+            return None
+        leaves.append(_Leaf(path, tag[4] or "", 0))
+    return parents
+
+
+def _is_typed(path: _Path, leaves: list[_Leaf]) -> bool:
+    """Tell whether what seems to be an element with a CDATA section is part of a follower's text.
+
+    WeChat never puts a CDATA section beside an element of the same name, nor into an element of the
+    message itself whose name is repeated. ``to_xml`` writes such lists without CDATA.
+    """
+    field, parents, name = path[0], path[:-1], path[-1][0]
+    for other, _, _ in leaves:
+        if other[0][0] == field[0] and (
+            other[0] != field or (other[:-1] == parents and other[-1][0] == name)
+        ):
+            return True
+    return False
+
+
+def _cost(leaves: list[_Leaf]) -> tuple[int, int, int]:
     """Return how far a reading is from the simplest one.
 
     Few texts look like XML, above all few that no follower is known to type, and there are few
     elements: what can be a part of a text is one.
     """
-    marked = [leaf.name for leaf in leaves if text.find("]]>", leaf.start, leaf.end) >= 0]
-    return sum(name not in FILLED_BY_FOLLOWERS for name in marked), len(marked), len(leaves)
+    like_xml = [path[-1][0] for path, text, _ in leaves if "]]>" in text]
+    unlikely = sum(name not in FILLED_BY_FOLLOWERS for name in like_xml)
+    return unlikely, len(like_xml), len(leaves)
 
 
-def _read_tag(
-    text: str, position: int, parents: _Path, leaves: list[_Leaf]
-) -> tuple[_Path, int] | None:
-    """Read one tag, and the leaf that it begins.
+def _end_elsewhere(body: str, leaves: list[_Leaf]) -> tuple[_Path, int] | None:
+    """Let the last CDATA section that can do so end at its next end mark.
 
     Returns:
-        The elements that are open after it, and the position; None if the tag cannot stand here,
-        or if it begins a CDATA section, whose end has still to be chosen.
+        The elements that are open after it, and the position there; None if there is no section.
     """
-    if not (tag := _TAG.match(text, position)):
-        return None
-    end_tag, name, is_empty, is_cdata, bare = tag.groups()
-    if end_tag:
-        return (parents[:-1], tag.end()) if end_tag == parents[-1].name else None
-    if is_cdata:
-        if parents and not _is_typed(name, parents, leaves):
-            leaves.append(_Leaf(parents, name, tag.end(), tag.end() - 1, is_cdata=True))
-        return None
-    if is_empty or (bare is not None and "]]>" not in bare):
-        leaves.append(_Leaf(parents, name, *tag.span(5)))
-        return parents, tag.end()
-    if bare is not None or len(parents) > MAX_DEPTH:
-        return None
-    if len(parents) == 1:
-        is_repeated = any(
-            name == (leaf.parents[1].name if leaf.parents[1:] else leaf.name) for leaf in leaves
-        )
-    else:
-        is_repeated = bool(parents) and parents[-1].is_repeated
-    return (*parents, _Element(name, position, is_repeated)), tag.end()
-
-
-def _is_typed(name: str, parents: _Path, leaves: list[_Leaf]) -> bool:
-    """Tell whether a CDATA section that seems to begin here is a part of what a follower typed.
-
-    WeChat never puts a CDATA section beside one of the same name, nor into an element of the
-    message itself whose name is repeated. ``to_xml`` writes such lists without CDATA.
-    """
-    if parents[-1].is_repeated:
-        return True
-    return any(leaf.name == name and leaf.parents == parents for leaf in leaves)
-
-
-def _end_elsewhere(text: str, leaves: list[_Leaf]) -> tuple[_Path, int] | None:
-    """Let the last CDATA section that can do so end at its next place; return as ``_read_tag``."""
     while leaves:
-        leaf = leaves[-1]
-        end_mark = f"]]></{leaf.name}>"
-        if leaf.is_cdata and (end := text.find(end_mark, leaf.end + 1)) >= 0:
-            leaf.end = end
-            return leaf.parents, end + len(end_mark)
-        leaves.pop()
+        path, text, start = leaves.pop()
+        end_mark = f"]]></{path[-1][0]}>"
+        if start and (end := body.find(end_mark, start + len(text) + 1)) >= 0:
+            leaves.append(_Leaf(path, body[start:end], start))
+            return path[:-1], end + len(end_mark)
     return None
 
 
-def _tree(text: str, leaves: list[_Leaf]) -> Message:
+def _tree(leaves: list[_Leaf]) -> Message:
     """Return the leaves as nested dicts and lists."""
-    root: Message = {}
-    nodes: dict[_Path, Message] = {(): root}
-    for leaf in leaves:
-        for depth in range(len(leaf.parents)):
-            path = leaf.parents[: depth + 1]
-            if path not in nodes:
-                nodes[path] = {}
-                _add(nodes[path[:-1]], path[-1].name, nodes[path])
-        value = text[leaf.start : leaf.end]
-        value = value.replace(_ESCAPED_END, "]]>") if leaf.is_cdata else html.unescape(value)
-        _add(nodes[leaf.parents], leaf.name, value)
-    return root
+    dicts: dict[_Path, Message] = {(): {}}
+    for path, text, start in leaves:
+        _add(dicts, path, text.replace(_ESCAPED_END, "]]>") if start else html.unescape(text))
+    return dicts[()]
 
 
-def _add(fields: Message, name: str, value: Any) -> None:
+def _add(dicts: dict[_Path, Message], path: _Path, value: Any) -> None:
+    """Put ``value`` at ``path``; ``dicts`` are the elements that hold others, by their paths."""
+    parents, name = path[:-1], path[-1][0]
+    if parents not in dicts:
+        dicts[parents] = {}
+        _add(dicts, parents, dicts[parents])
+    fields = dicts[parents]
     if name not in fields:
         fields[name] = value
     elif isinstance(fields[name], list):
@@ -205,7 +197,7 @@ def _add(fields: Message, name: str, value: Any) -> None:
 
 
 def _description(text: str) -> str:
-    """Say what a body looks like that does not begin as WeChat's XML."""
+    """Say what a body looks like that is not WeChat's XML."""
     start = text.lstrip("\ufeff \t\n")[:500].lower()
     if not start:
         return "empty"
