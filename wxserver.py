@@ -306,10 +306,12 @@ def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
         return None
 
 
-def _write(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
+def _write(
+    message: Message, reply: Reply, now: float, signs: Sequence[str] = (), late: bool = False
+) -> list[bytes]:
     """Write the XML of a reply, in several parts if it is too long; what cannot be is no reply."""
     try:
-        return wechat.message.answer(message, reply, now, signs)
+        return wechat.message.answer(message, reply, now, signs, late)
     except Exception:
         log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
@@ -325,8 +327,7 @@ def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
         if config.late == "push":  # a late answer is pushed with its first part
             pushed = wechat.late.max_pushes(message) - late
         signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
-        reply = wechat.message.first_article(reply) if late else reply
-        return _write(message, reply, clock(), signs if config.late != "drop" else ())
+        return _write(message, reply, clock(), signs if config.late != "drop" else (), late)
 
     push = typing = None
     if config.late == "push":

@@ -367,6 +367,20 @@ def test_eight_articles_answer_an_event_and_one_a_message() -> None:
         answer(EVENT, by_hand, 0)
 
 
+@pytest.mark.parametrize("articles", [[{"Title": "t"}], {"item": {"Title": "t"}}])
+def test_a_news_reply_by_hand_is_completed(articles: Any) -> None:
+    whole = wechat.message.news([{"Title": "t"}])
+    assert replied({"MsgType": "news", "Articles": articles}) == replied(whole)
+    assert replied({"MsgType": "news", "ArticleCount": 5, "Articles": articles}) == replied(whole)
+
+
+def test_of_a_late_news_reply_the_first_article_is_kept() -> None:
+    two = wechat.message.news([{"Title": "a"}, {"Title": "b"}])
+    (late,) = wechat.message.answer(EVENT, two, 0, late=True)
+    read = from_xml(late)
+    assert (read["ArticleCount"], read["Articles"]) == ("1", {"item": {"Title": "a"}})
+
+
 def test_a_reply_goes_to_the_follower_whatever_names_it_has() -> None:
     assert replied({**MESSAGE, "Content": "x"})["Content"] == "x"
 
@@ -395,6 +409,7 @@ def test_a_reply_without_msgtype_is_a_clear_error(reply: dict[str, Any]) -> None
         {"MsgType": "text", "Content": 5},
         {"MsgType": "news"},
         {"MsgType": "news", "Articles": {"item": "x"}},
+        {"MsgType": "news", "Articles": ["x"]},
     ],
 )
 def test_a_reply_by_hand_without_its_content_is_a_clear_error(reply: dict[str, Any]) -> None:

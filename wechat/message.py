@@ -221,32 +221,37 @@ def to_xml(message: Message) -> bytes:
         ValueError: a key that cannot be the name of an element.
         TypeError: a value that is no str, int, dict, or list of these.
     """
-    return f"<xml>{''.join(_element(*field, top=True) for field in message.items())}</xml>".encode()
+    return f"<xml>{_elements(message, in_message=True)}</xml>".encode()
 
 
-def _element(name: str, value: Any, *, top: bool = False, bare: bool = False) -> str:
-    """Write one element, or one for each item of a list; ``bare``: without CDATA."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot be the name of an XML element")
-    if isinstance(value, str):
-        # First of all: without the characters that are dropped, a new "]]>" may stand there.
-        content = _NOT_XML.sub("", value)
-        if bare:
-            content = html.escape(content, quote=False)
-        else:
-            content = f"<![CDATA[{content.replace(']]>', _ESCAPED_END)}]]>"
-    elif type(value) is int:
-        content = str(value)
-    elif isinstance(value, dict):
-        content = "".join(_element(*field, bare=bare) for field in value.items())
-    elif isinstance(value, list):
-        # Repeated CDATA is read as something that a follower typed.
-        return "".join(
-            _element(name, item, bare=bare or top or isinstance(item, str)) for item in value
-        )
-    else:
-        raise TypeError(f"{name} is a {type(value).__name__}, not a str, int, dict or list")
-    return f"<{name}>{content}</{name}>"
+def _elements(fields: Message, *, in_message: bool = False, bare: bool = False) -> str:
+    """Write the elements in one; ``in_message``: in the message itself; ``bare``: without CDATA."""
+    parts = []
+    for name, value in fields.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of an XML element")
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            # from_xml takes repeated elements with CDATA for something that a follower typed.
+            is_bare = bare or (items is value and (in_message or isinstance(item, str)))
+            if isinstance(item, dict):
+                content = _elements(item, bare=is_bare)
+            elif isinstance(item, str):
+                content = _text(item, is_bare)
+            elif type(item) is int:
+                content = str(item)
+            else:
+                raise TypeError(f"{name} is a {type(item).__name__}, not a str, int, dict or list")
+            parts.append(f"<{name}>{content}</{name}>")
+    return "".join(parts)
+
+
+def _text(text: str, bare: bool) -> str:
+    # First of all: without the characters that are dropped, a new "]]>" may stand there.
+    text = _NOT_XML.sub("", text)
+    if bare:
+        return html.escape(text, quote=False)
+    return f"<![CDATA[{text.replace(']]>', _ESCAPED_END)}]]>"
 
 
 def check(message: Message) -> None:
@@ -266,11 +271,14 @@ def check(message: Message) -> None:
             raise MessageError(f"no {name}")
 
 
-def answer(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()) -> list[bytes]:
+def answer(
+    message: Message, reply: Reply, now: float, signs: Sequence[str] = (), late: bool = False
+) -> list[bytes]:
     """Write the whole answer to ``message`` from what ``reply()`` returned.
 
     A str is a text reply, None and an empty text are no reply: the list is empty. A text over
-    ``MAX_TEXT`` bytes is cut between characters and ends in "…", or goes on in other messages.
+    ``MAX_TEXT`` bytes is cut between characters and ends in "…", or goes on in other messages. Of a
+    news reply, ArticleCount may be missing, and Articles may be the list itself.
 
     Args:
         message: the message that is answered.
@@ -278,6 +286,7 @@ def answer(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()
         now: Unix time in seconds, for CreateTime.
         signs: what stands at the end of the first, second, … part of a text that goes on; after
             as many parts it is cut.
+        late: the answer is given to another message, so the first article alone is kept.
 
     Raises:
         TypeError: ``reply`` is something else, or holds what ``to_xml`` cannot write.
@@ -289,37 +298,36 @@ def answer(message: Message, reply: Reply, now: float, signs: Sequence[str] = ()
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
-    kind, texts = fields.get("MsgType"), []
+    kind, contents = fields.get("MsgType"), []
     if not kind or not isinstance(kind, str):
         raise ValueError("the reply has no MsgType")
     if kind == "text":
         if not isinstance(fields.get("Content"), str):
             raise ValueError("the text reply has no Content")
-        content = _NOT_XML.sub("", fields["Content"])
-        if not content:
+        contents = _split(_NOT_XML.sub("", fields["Content"]), signs)
+        if not contents:
             return []
-        texts = _split(content, signs)
     elif kind == "news":
-        _check_articles(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1)
+        fields = _complete_news(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1, late)
     whole = {
         "ToUserName": message["FromUserName"],
         "FromUserName": message["ToUserName"],
         "CreateTime": int(now),
     }
     whole = {**whole, **fields, **whole}  # these three first, and never the reply's own
-    return [to_xml({**whole, "Content": part}) for part in texts] or [to_xml(whole)]
+    return [to_xml({**whole, "Content": content}) for content in contents] or [to_xml(whole)]
 
 
 def _split(content: str, signs: Sequence[str]) -> list[str]:
-    texts: list[str] = []
-    while len(content.encode()) > MAX_TEXT and len(texts) < len(signs):
-        sign = signs[len(texts)]
+    contents: list[str] = []
+    while len(content.encode()) > MAX_TEXT and len(contents) < len(signs):
+        sign = signs[len(contents)]
         part = _cut(content, MAX_TEXT - len(sign.encode()))
-        texts.append(part + sign)
+        contents.append(part + sign)
         content = content[len(part) :]
     if len(content.encode()) > MAX_TEXT:
         content = _cut(content, MAX_TEXT - len("…".encode())) + "…"
-    return [*texts, content] if content else texts
+    return [*contents, content] if content else contents
 
 
 def _cut(content: str, size: int) -> str:
@@ -327,24 +335,19 @@ def _cut(content: str, size: int) -> str:
     return content.encode()[:size].decode(errors="ignore")
 
 
-def first_article(reply: Reply) -> Reply:
-    """Return the reply with one article at most: so many may answer a message."""
-    match reply:
-        case dict({"MsgType": "news", "Articles": {"item": [first, _, *_]}}):
-            return {**reply, "ArticleCount": 1, "Articles": {"item": [first]}}
-    return reply
-
-
-def _check_articles(fields: Message, most: int) -> None:
-    match fields.get("Articles"):
-        case {"item": list(articles)}:
-            count = len(articles)
-        case {"item": dict()}:
-            count = 1
-        case _:
-            raise ValueError("the news reply has no Articles")
-    if not 1 <= count <= most:
-        raise ValueError(f"{count} articles: 1 to {MAX_ARTICLES} may answer an event, 1 a message")
+def _complete_news(fields: Message, most: int, only_first: bool = False) -> Message:
+    articles = fields.get("Articles")
+    if isinstance(articles, dict):
+        articles = articles.get("item")
+    if isinstance(articles, dict):
+        articles = [articles]
+    if not isinstance(articles, list) or not all(isinstance(each, dict) for each in articles):
+        raise ValueError("the news reply has no Articles, a list of dicts of Title, Url and so on")
+    articles = articles[:1] if only_first else articles
+    if not 1 <= len(articles) <= most:
+        allowed = f"1 to {MAX_ARTICLES} may answer an event, 1 a message"
+        raise ValueError(f"the news reply has {len(articles)} articles: {allowed}")
+    return {**fields, "ArticleCount": len(articles), "Articles": {"item": articles}}
 
 
 def text(content: str) -> Message:
@@ -398,9 +401,7 @@ def news(articles: Sequence[Message]) -> Message:
     Raises:
         ValueError: no article, or more than ``MAX_ARTICLES``.
     """
-    fields = {"MsgType": "news", "ArticleCount": len(articles), "Articles": {"item": [*articles]}}
-    _check_articles(fields, MAX_ARTICLES)
-    return fields
+    return _complete_news({"MsgType": "news", "Articles": [*articles]}, MAX_ARTICLES)
 
 
 def transfer_customer_service(kf_account: str = "") -> Message:
