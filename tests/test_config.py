@@ -266,7 +266,7 @@ def test_a_config_does_not_print_its_secrets() -> None:
 
 def test_the_readme_and_config_ini_explain_every_key() -> None:
     readme, shipped = ((ROOT / name).read_text() for name in ("README.md", "config.ini"))
-    for section, keys in wechat.config._KEYS.items():
+    for section, keys in wechat.config.settings().items():
         assert f"[{section}]" in readme
         assert f"[{section}]" in shipped
         for key in keys:

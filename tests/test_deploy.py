@@ -98,4 +98,5 @@ def test_every_module_is_installed() -> None:
 def test_the_environment_file_names_what_the_config_reads() -> None:
     lines = (ROOT / "deploy" / "environment").read_text().splitlines()
     names = {line.partition("=")[0] for line in lines if not line.startswith("#")}
-    assert names == set(wechat.config._ENVIRONMENT)
+    settings = [each for keys in wechat.config.settings().values() for each in keys.values()]
+    assert names == {setting.environment for setting in settings} - {""}

@@ -108,4 +108,4 @@ def test_every_key_of_the_config_is_explained_under_its_section(text: str) -> No
         if row[0]:
             section = explained.setdefault(row[0], [])
         section.append(row[1])
-    assert explained == {name: list(keys) for name, keys in wechat.config._KEYS.items()}
+    assert explained == {name: list(keys) for name, keys in wechat.config.settings().items()}

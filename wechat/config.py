@@ -8,11 +8,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent  # where wxserver.py is
+STATE_DIR = HERE / "state"
 # Where wechat/central.py answers when [central] names a client; WeChat's own names.
 CENTRAL_PATHS = ("/cgi-bin/stable_token", "/cgi-bin/token")
 log = logging.getLogger("wxserver")
@@ -22,27 +23,100 @@ class ConfigError(Exception):
     """The configuration cannot be used. One line: where, which section and key, what is allowed."""
 
 
+def _text(pattern: str, allowed: str) -> Callable[[str], str]:
+    def convert(value: str) -> str:
+        if not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(allowed)
+        return value
+
+    return convert
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def convert(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,10}", value) or not least <= int(value) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(value)
+
+    return convert
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("on or off")
+    return value == "on"
+
+
+TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
+_TOKEN = _text(f"({TOKEN})?", "3 to 32 letters or digits, or empty")
+_APPID = _text("[0-9A-Za-z_-]*", "letters and digits, as in the console")
+_APPSECRET = _text("[0-9A-Za-z]*", "letters and digits, as in the console")
+_AES_KEY = _text(
+    "([0-9A-Za-z+/]{43})?", "the 43 letters or digits of the console's EncodingAESKey, or empty"
+)
+_ENCRYPTION = _text("(plain|compatible|safe)?", "plain, compatible or safe, or empty")
+_PATH = _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #")
+_FOLDER = _text(
+    r"(?![~\"'])(?!.*\s[;#])[^\0-\x1f]+",
+    "a folder, without ~ or quotes; a comment or another key has a line of its own",
+)
+_ENDPOINT = _text("stable_token|token", "stable_token or token")
+# An AppSecret travels in what is sent there, so plain http is for this machine alone.
+_API_BASE = _text(
+    r"https://[\w.-]+(:[0-9]{1,5})?(/[\w.-]+)*/?"
+    r"|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?/?",
+    "https://HOST, or http:// on 127.0.0.1 or localhost",
+)
+_LATE = _text("pickup|push|drop", "pickup, push or drop")
+_LINE = _text(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters")
+_REDIS = _text("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty")
+
+
+class Setting(NamedTuple):
+    """What is true of one key of config.ini."""
+
+    section: str
+    convert: Callable[[str], Any]  # makes the value of its text; ValueError says what is allowed
+    environment: str = ""  # the variable that wins over the file, if there is one
+    is_secret: bool = False  # no error and no repr shows the value
+
+
+def _setting(
+    default: Any,
+    section: str,
+    convert: Callable[[str], Any],
+    environment: str = "",
+    secret: bool = False,
+) -> Any:
+    setting = Setting(section, convert, environment, secret)
+    return field(default=default, repr=not secret, metadata={"setting": setting})
+
+
 @dataclass(frozen=True)
 class Config:
-    """Everything the owner decides. Field names are the keys of config.ini, which explains them."""
+    """Everything the owner decides. This is the one table of the keys of config.ini.
 
-    token: str = field(default="", repr=False)
-    appid: str = ""
-    appsecret: str = field(default="", repr=False)
-    encoding_aes_key: str = field(default="", repr=False)
-    encryption: str = ""  # safe when there is a key, else plain
-    path: str = "/wx"
-    max_age: int = 300  # seconds
-    max_body: int = 262144  # bytes
-    state_dir: Path = HERE / "state"
-    endpoint: str = "stable_token"
-    margin: int = 240  # seconds
-    api_base: str = "https://api.weixin.qq.com"
-    once: bool = True
-    late: str = "pickup"
-    late_text: str = "还在处理，请稍后发送任意消息查看结果。"
-    central: Mapping[str, str] = field(default_factory=dict, repr=False)  # secrets by client
-    redis: str = field(default="", repr=False)  # a URL, which may hold a password
+    The file explains them. Here each has its default and a ``Setting``.
+    """
+
+    token: str = _setting("", "wechat", _TOKEN, "WX_TOKEN", secret=True)
+    appid: str = _setting("", "wechat", _APPID, "WX_APPID")
+    appsecret: str = _setting("", "wechat", _APPSECRET, "WX_APPSECRET", secret=True)
+    encoding_aes_key: str = _setting("", "wechat", _AES_KEY, "WX_ENCODING_AES_KEY", secret=True)
+    encryption: str = _setting("", "wechat", _ENCRYPTION)  # by default safe with a key, else plain
+    path: str = _setting("/wx", "server", _PATH)
+    max_age: int = _setting(300, "server", _number(0, 86400))  # seconds
+    max_body: int = _setting(262144, "server", _number(1024, 64 * 1048576))  # bytes
+    state_dir: Path = _setting(STATE_DIR, "server", _FOLDER)  # noqa: RUF009 (it makes a field)
+    endpoint: str = _setting("stable_token", "access_token", _ENDPOINT)
+    margin: int = _setting(240, "access_token", _number(0, 7200))  # seconds
+    api_base: str = _setting("https://api.weixin.qq.com", "access_token", _API_BASE)
+    once: bool = _setting(True, "reply", _switch)
+    late: str = _setting("pickup", "reply", _LATE)
+    late_text: str = _setting("还在处理，请稍后发送任意消息查看结果。", "reply", _LINE)
+    redis: str = _setting("", "shared", _REDIS, "WX_REDIS", secret=True)  # may hold a password
+    # Every key of [central] is the name of a client, and its value is the client's secret.
+    central: Mapping[str, str] = field(default_factory=dict, repr=False)
     runtime_dir: Path | None = None  # systemd's RuntimeDirectory; no key of config.ini
 
     def __post_init__(self) -> None:
@@ -80,117 +154,56 @@ class Config:
             raise ConfigError(f"[server] path: must be another than [central]'s {self.path}")
 
 
-def _text(pattern: str, allowed: str) -> Callable[[str], str]:
-    def convert(value: str) -> str:
-        if not re.fullmatch(pattern, value, re.ASCII):
-            raise ValueError(allowed)
-        return value
-
-    return convert
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    def convert(value: str) -> int:
-        if not re.fullmatch("[0-9]{1,10}", value) or not least <= int(value) <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(value)
-
-    return convert
+# Its secret is an AppSecret to the client, and goes into URLs, which not every SDK escapes.
+_CLIENT = Setting(
+    "central",
+    _text("[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits: NAME = SECRET"),
+    is_secret=True,
+)
+_CLIENT_NAME = r"[\w.-]{1,64}"  # it stands in the log
 
 
-def _switch(value: str) -> bool:
-    if value not in ("on", "off"):
-        raise ValueError("on or off")
-    return value == "on"
-
-
-TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
-# An AppSecret travels in what is sent there, so plain http is for this machine alone.
-_API_BASE = r"https://[\w.-]+(:[0-9]{1,5})?(/[\w.-]+)*/?|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?/?"
-
-_KEYS: dict[str, dict[str, Callable[[str], Any]]] = {
-    "wechat": {
-        "token": _text(f"({TOKEN})?", "3 to 32 letters or digits, or empty"),
-        "appid": _text("[0-9A-Za-z_-]*", "letters and digits, as in the console"),
-        "appsecret": _text("[0-9A-Za-z]*", "letters and digits, as in the console"),
-        "encoding_aes_key": _text(
-            "([0-9A-Za-z+/]{43})?",
-            "the 43 letters or digits of the console's EncodingAESKey, or empty",
-        ),
-        "encryption": _text("(plain|compatible|safe)?", "plain, compatible or safe, or empty"),
-    },
-    "server": {
-        "path": _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #"),
-        "max_age": _number(0, 86400),
-        "max_body": _number(1024, 64 * 1048576),
-        "state_dir": _text(
-            r"(?![~\"'])(?!.*\s[;#])[^\0-\x1f]+",
-            "a folder, without ~ or quotes; a comment or another key has a line of its own",
-        ),
-    },
-    "access_token": {
-        "endpoint": _text("stable_token|token", "stable_token or token"),
-        "margin": _number(0, 7200),
-        "api_base": _text(_API_BASE, "https://HOST, or http:// on 127.0.0.1 or localhost"),
-    },
-    "reply": {
-        "once": _switch,
-        "late": _text("pickup|push|drop", "pickup, push or drop"),
-        "late_text": _text(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters"),
-    },
-    # Every key is the name of a client. Its secret is an AppSecret to the client, and goes into
-    # URLs, which not every SDK escapes.
-    "central": {
-        "NAME": _text(
-            "[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits: NAME = SECRET"
-        )
-    },
-    "shared": {
-        "redis": _text("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty"),
-    },
-}
-_SECRET = ("wechat", "central", "shared")  # sections whose values stand in no error
-_CLIENT = r"[\w.-]{1,64}"  # the name that stands in the log
-_ENVIRONMENT = {
-    "WX_TOKEN": ("wechat", "token"),
-    "WX_APPID": ("wechat", "appid"),
-    "WX_APPSECRET": ("wechat", "appsecret"),
-    "WX_ENCODING_AES_KEY": ("wechat", "encoding_aes_key"),
-    "WX_REDIS": ("shared", "redis"),
-}
+def settings() -> dict[str, dict[str, Setting]]:
+    """Return what is true of every key, by section and key; [central] has NAME for any client's."""
+    table: dict[str, dict[str, Setting]] = {}
+    for each in fields(Config):
+        if setting := each.metadata.get("setting"):
+            table.setdefault(setting.section, {})[each.name] = setting
+    return {**table, "central": {"NAME": _CLIENT}}
 
 
 def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
     """Read the configuration.
 
     Args:
-        path: the file; by default the one that WXSERVER_CONFIG names, else config.ini beside
-            wxserver.py. Relative paths in it are relative to it.
+        path: the file; by default ``config_path(environ)``. Relative paths in it are relative to
+            it.
         environ: where WX_TOKEN, WX_APPID, WX_APPSECRET, WX_ENCODING_AES_KEY and WX_REDIS win over
             the file when they are set; and systemd's RUNTIME_DIRECTORY.
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
     """
-    path = Path(path or environ.get("WXSERVER_CONFIG") or HERE / "config.ini").absolute()
-    values: dict[str, Any] = {}
+    path = Path(path).absolute() if path else config_path(environ)
+    table = settings()
+    values: dict[str, Any] = {"central": {}}
     for section, entries in _read(path).items():
-        if section not in _KEYS:
-            raise ConfigError(f"{path}: unknown section [{section}]; there are {_list(_KEYS)}")
-        for key, value in entries.items():
+        if section not in table:
+            raise ConfigError(f"{path}: unknown section [{section}]; there are {', '.join(table)}")
+        for key, text in entries.items():
             where = f"{path}: {_where(section, key)}"
             if section == "central":
-                if not re.fullmatch(_CLIENT, key, re.ASCII):
+                if not re.fullmatch(_CLIENT_NAME, key, re.ASCII):
                     raise ConfigError(f"{where}: a client's name has letters, digits, _ . or -")
-                secret = _convert(section, "NAME", value, where)
-                values["central"] = values.get("central", {}) | {key: secret}
-                continue
-            if key not in _KEYS[section]:
-                raise ConfigError(f"{where}: unknown key; there are {_list(_KEYS[section])}")
-            values[key] = _convert(section, key, value, where)
-    for name, (section, key) in _ENVIRONMENT.items():
-        if value := environ.get(name, "").strip():
-            values[key] = _convert(section, key, value, f"environment: {name}")
+                values["central"][key] = _convert(_CLIENT, text, where)
+            elif key in table[section]:
+                values[key] = _convert(table[section][key], text, where)
+            else:
+                known = ", ".join(table[section])
+                raise ConfigError(f"{where}: unknown key; there are {known}")
+    for key, setting in (pair for keys in table.values() for pair in keys.items()):
+        if text := environ.get(setting.environment, "").strip():
+            values[key] = _convert(setting, text, f"environment: {setting.environment}")
     values["state_dir"] = path.parent / values.get("state_dir", "state")
     if runtime := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         values["runtime_dir"] = Path(runtime)
@@ -199,6 +212,11 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
         return Config(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def config_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the file that WXSERVER_CONFIG names, else config.ini beside wxserver.py."""
+    return Path(environ.get("WXSERVER_CONFIG") or HERE / "config.ini").absolute()
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
@@ -229,16 +247,14 @@ def _where(section: str, key: str) -> str:
     return f"[{section}] {'NAME' if section == 'central' and len(key) >= 16 else key}"
 
 
-def _convert(section: str, key: str, value: str, where: str) -> Any:
+def _convert(setting: Setting, text: str, where: str) -> Any:
     try:
-        return _KEYS[section][key](value)
+        return setting.convert(text)
     except ValueError as error:
-        shown = "" if section in _SECRET else f"{value!r}: "
+        # A secret may stand under the wrong key of its section.
+        neighbours = settings()[setting.section].values()
+        shown = "" if any(each.is_secret for each in neighbours) else f"{text!r}: "
         raise ConfigError(f"{where}: {shown}must be {error}") from None
-
-
-def _list(names: Mapping[str, object]) -> str:
-    return ", ".join(names)
 
 
 def make_state_dir(config: Config) -> None:
