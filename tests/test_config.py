@@ -264,14 +264,20 @@ def test_a_config_does_not_print_its_secrets() -> None:
     assert "rrrrrr" not in shown
 
 
-def test_the_readme_and_config_ini_explain_every_key() -> None:
-    readme, shipped = ((ROOT / name).read_text() for name in ("README.md", "config.ini"))
+def test_config_ini_explains_every_key_above_its_line() -> None:
+    lines = (ROOT / "config.ini").read_text().splitlines()
     for section, keys in wechat.config.settings().items():
-        assert f"[{section}]" in readme
-        assert f"[{section}]" in shipped
+        assert f"[{section}]" in lines
         for key in keys:
-            assert f"| `{key}` |" in readme
-            assert f"\n{key} =" in shipped or f": {key} = SECRET" in shipped.replace("\n;", ":")
+            (number,) = [n for n, line in enumerate(lines) if re.match(f"(; )?{key} =", line)]
+            assert lines[number - 1].startswith("; ")
+
+
+def test_config_ini_names_every_variable_of_the_environment() -> None:
+    text = (ROOT / "config.ini").read_text()
+    for keys in wechat.config.settings().values():
+        for setting in keys.values():
+            assert setting.environment in text
 
 
 def test_a_configured_token_is_used_and_nothing_is_written(tmp_path: Path) -> None:

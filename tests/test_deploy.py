@@ -49,15 +49,15 @@ def test_nginx_takes_the_locations_of_the_other_programs_as_they_are_shipped(
 def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     if not SYSTEMD:
         skip("needs systemd")
-    unit = (ROOT / "deploy" / "wxserver.service").read_text()
+    unit = (ROOT / "deploy" / "wxserver@.service").read_text()
     # An account and a program that are on every machine, for what is checked is the unit.
     unit = unit.replace("=wxserver\nGroup=wxserver", "=daemon\nGroup=daemon")
     unit = unit.replace("/opt/wxserver/.venv/bin/gunicorn", "/bin/true")
-    path = tmp_path / "wxserver.service"
+    path = tmp_path / "wxserver@shop.service"
     path.write_text(unit)
     verify = [SYSTEMD, "verify", str(path)]
     result = subprocess.run(verify, capture_output=True, text=True, check=False)
-    assert "wxserver.service" not in result.stdout + result.stderr
+    assert "wxserver@shop.service" not in result.stdout + result.stderr
     assert result.returncode == 0, result.stderr
     security = [SYSTEMD, "security", "--offline=true", "--threshold=20", str(path)]
     result = subprocess.run(security, capture_output=True, text=True, check=False)
@@ -66,17 +66,17 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
 
 def test_the_shipped_config_of_the_service_is_valid() -> None:
     config = wechat.config.load(ROOT / "deploy" / "config.ini", {})
-    assert config.state_dir == Path("/var/lib/wxserver")
+    assert config.state_dir == Path("/var/lib/wxserver/NAME")
 
 
-def test_the_unit_runs_the_server_with_the_config_secrets_and_folder_of_the_readme() -> None:
-    unit = (ROOT / "deploy" / "wxserver.service").read_text().splitlines()
+def test_an_instance_has_the_config_secrets_and_folders_of_its_account() -> None:
+    unit = (ROOT / "deploy" / "wxserver@.service").read_text().splitlines()
     for line in (
         "WorkingDirectory=/opt/wxserver",
-        "Environment=WXSERVER_CONFIG=/etc/wxserver/config.ini",
-        "EnvironmentFile=-/etc/wxserver/environment",
-        "StateDirectory=wxserver",
-        "RuntimeDirectory=wxserver",
+        "Environment=WXSERVER_CONFIG=/etc/wxserver/%i/config.ini",
+        "EnvironmentFile=/etc/wxserver/%i/environment",
+        "StateDirectory=wxserver/%i",
+        "RuntimeDirectory=wxserver/%i",
         "Type=notify",
         "ExecStart=/opt/wxserver/.venv/bin/gunicorn wxserver",
         "ExecReload=/opt/wxserver/.venv/bin/gunicorn --check-config wxserver",
@@ -99,4 +99,4 @@ def test_the_environment_file_names_what_the_config_reads() -> None:
     lines = (ROOT / "deploy" / "environment").read_text().splitlines()
     names = {line.partition("=")[0] for line in lines if not line.startswith("#")}
     settings = [each for keys in wechat.config.settings().values() for each in keys.values()]
-    assert names == {setting.environment for setting in settings} - {""}
+    assert names == {setting.environment for setting in settings} - {""} | {"GUNICORN_CMD_ARGS"}
