@@ -28,8 +28,6 @@ from wechat.message import Message, MessageError, Reply
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from wechat.once import ReplyOnce
-
     application: WSGIApplication
 
 log = logging.getLogger("wxserver")
@@ -55,9 +53,6 @@ MAX_PARAMETERS = 50  # WeChat sends six
 _METHODS = ("GET", "POST")
 _STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
-MAX_PARTS = 10  # messages that a long text may go on in
-# The sign at the end of a text that goes on: by itself, or with the follower's next message.
-_PUSHED, _NEXT = "…（未完）", "…（未完，发送任意消息继续）"
 # What poll() says of a client that has hung up. Linux tells of it while data is still unread.
 _HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 TCP_ESTABLISHED = 1  # the state of a connection that neither side has closed, in Linux's TCP_INFO
@@ -260,7 +255,17 @@ def _answerer(
     It raises Refused when ``reply()`` outlasts WeChat's patience, so that WeChat asks again, and
     ClientGone when nobody waits for the answer.
     """
-    once = _once(config, clock) if config.once else None
+
+    def write(
+        message: Message, reply: Reply, signs: Sequence[str] = (), late: bool = False
+    ) -> list[bytes]:
+        return _write(message, reply, clock(), signs, late)
+
+    once = None
+    if config.once:
+        import wechat.once
+
+        once = wechat.once.from_config(config, write, clock)
 
     def answer(message: Message, environ: WSGIEnvironment) -> bytes:
         client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
@@ -268,7 +273,7 @@ def _answerer(
             raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
         run = partial(_run, message, reply)
         if not once:
-            return b"".join(_write(message, run(), clock()))
+            return b"".join(write(message, run()))
         xml = once.answer(message, run, client_gone)
         if xml is None and client_gone():
             raise ClientGone(UNAVAILABLE, "the client hung up before its answer was there")
@@ -315,46 +320,6 @@ def _write(
     except Exception:
         log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
-
-
-def _once(config: Config, clock: Callable[[], float]) -> ReplyOnce:
-    import wechat.answers
-    import wechat.late
-    import wechat.once
-
-    def write(message: Message, reply: Reply, late: bool) -> list[bytes]:
-        pushed = 0
-        if config.late == "push":  # a late answer is pushed with its first part
-            pushed = wechat.late.max_pushes(message) - late
-        signs = [_PUSHED] * pushed + [_NEXT] * (MAX_PARTS - 1 - pushed)
-        return _write(message, reply, clock(), signs if config.late != "drop" else (), late)
-
-    push = typing = None
-    if config.late == "push":
-        import wechat.api
-
-        api = wechat.api.from_config(config)
-        typing = api.typing
-
-        def push(openid: str, xml: bytes) -> None:
-            api.send(openid, wechat.message.from_xml(xml))
-
-    answers: wechat.answers.Answers
-    store: wechat.late.LateStore
-    if config.redis:
-        import wechat.redis_store
-
-        answers, store = wechat.redis_store.answers(config), wechat.redis_store.late(config)
-    else:
-        import wechat.journal
-
-        wechat.config.make_state_dir(config)
-        answers = wechat.journal.Journal((config.runtime_dir or config.state_dir) / "replies")
-        store = wechat.late.LateFiles(config.state_dir / "late")
-    if config.late == "drop":
-        store = wechat.late.NothingLate()
-    late = wechat.late.LateAnswers(store, push, clock)
-    return wechat.once.ReplyOnce(answers, late, write, config.late_text, typing=typing, clock=clock)
 
 
 def __getattr__(name: str) -> Any:

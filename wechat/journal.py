@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wechat.answers import REMEMBER, State
+from wechat.config import Config, make_state_dir
 from wechat.late import locked_file
 
 PAGE = 4096  # bytes that are read at first; there are seldom more
@@ -343,6 +344,16 @@ class Journal:
                     with locked_file(path) as is_locked:
                         if is_locked:
                             os.unlink(path)
+
+
+def answers(config: Config) -> Journal:
+    """Return the journal of the account of config.ini.
+
+    Raises:
+        ConfigError: ``state_dir`` cannot be made.
+    """
+    make_state_dir(config)
+    return Journal((config.runtime_dir or config.state_dir) / "replies")
 
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()

@@ -16,13 +16,17 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from wechat.answers import Answers, ErrorLog, State, Waiters
-from wechat.late import LateAnswers
+from wechat.late import LateAnswers, LateFiles, LateStore, NothingLate, max_pushes
+from wechat.message import from_xml
+
+if TYPE_CHECKING:
+    from wechat.config import Config
 
 Message: TypeAlias = dict[str, Any]
 Parts: TypeAlias = list[bytes]  # XML of one or more messages; an empty list is silence
@@ -34,6 +38,10 @@ ANSWER_WITHIN = 0.9  # a later answer may not reach WeChat before it hangs up
 LAST_TRY_AGE = 1.8  # a try that comes this long after the first is the last, if one was lost
 REPEAT_NOTICE_AT = 2.8  # of a message that waits for another's answer: before its last try ends
 WINDOW = 3.2  # after the first try no other can still be waiting
+
+MAX_PARTS = 10  # messages that a long text may go on in
+# The sign at the end of a text that goes on: by itself, or with the follower's next message.
+PUSHED_SIGN, NEXT_SIGN = "…（未完）", "…（未完，发送任意消息继续）"
 
 _SAFE_NAME = re.compile("[A-Za-z0-9_+-]{1,120}")
 
@@ -225,6 +233,62 @@ class ReplyOnce:
 
     def _notice(self, this: _Try) -> bytes:
         return self._write(this.message, self._wait_notice, False)[0]
+
+
+def from_config(
+    config: Config,
+    write: Callable[[Message, Any, Sequence[str], bool], Parts],
+    clock: Callable[[], float] = time.time,
+) -> ReplyOnce:
+    """Make what runs ``reply()`` once for each message of the account of config.ini.
+
+    Args:
+        config: says where messages are remembered, and what becomes of late answers.
+        write: makes the XML of what ``reply()`` returned for a message, as ``message.answer``
+            does from the same four arguments; raises nothing.
+        clock: Unix time in seconds.
+
+    Raises:
+        ConfigError: ``state_dir`` cannot be made, or Redis cannot be used.
+    """
+    push = typing = None
+    if config.late == "push":
+        from wechat import api
+
+        account = api.from_config(config)
+        typing = account.typing
+
+        def push(openid: str, xml: bytes) -> None:
+            account.send(openid, from_xml(xml))
+
+    answers: Answers
+    store: LateStore
+    if config.redis:
+        from wechat import redis_store
+
+        answers, store = redis_store.answers(config), redis_store.late(config)
+    else:
+        from wechat import journal
+
+        answers, store = journal.answers(config), LateFiles(config.state_dir / "late")
+    if config.late == "drop":
+        store = NothingLate()
+
+    def write_parts(message: Message, reply: Any, is_late: bool) -> Parts:
+        return write(message, reply, _signs(config.late, message, is_late), is_late)
+
+    late = LateAnswers(store, push, clock)
+    return ReplyOnce(answers, late, write_parts, config.late_text, typing=typing, clock=clock)
+
+
+def _signs(late: str, message: Message, is_late: bool) -> list[str]:
+    """Return the signs at the end of the parts of a long text; none: it is cut."""
+    if late == "drop":
+        return []
+    pushed = 0
+    if late == "push":
+        pushed = max_pushes(message) - is_late  # a late answer is pushed with its first part
+    return [PUSHED_SIGN] * pushed + [NEXT_SIGN] * (MAX_PARTS - 1 - pushed)
 
 
 def _start(thread: Thread) -> bool:
