@@ -1,6 +1,8 @@
-# make run serves, make test proves. Each sets up .venv when it has to.
+# make run serves, make test proves. Each installs what it needs into .venv: the first what runs, the
+# others what tests and checks as well.
 PYTHON ?= python3
 bin = .venv/bin
+pip_install = $(bin)/pip install --quiet --disable-pip-version-check
 
 .PHONY: install run test lint bench bench-peers soak
 
@@ -11,13 +13,17 @@ install: .venv/installed
 		{ echo "Python 3.10 or newer is needed; this is $$($(PYTHON) --version)" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo "No venv; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	$(bin)/pip install --quiet --disable-pip-version-check --editable '.[safe,redis,dev]'
+	$(pip_install) --editable '.[safe,redis]'
+	@touch $@
+
+.venv/dev: .venv/installed
+	$(pip_install) --editable '.[safe,redis,dev]'
 	@touch $@
 
 run: install
 	$(bin)/gunicorn wxserver
 
-test: install tests/node/node_modules
+test: .venv/dev tests/node/node_modules
 	$(bin)/pytest
 
 # The tests' client of another language. Without it they say what they skip.
@@ -26,22 +32,22 @@ tests/node/node_modules: tests/node/package.json
 		npm install --prefix tests/node --silent --no-audit --no-fund --no-package-lock && \
 		touch $@ || echo "npm cannot install co-wechat-api; its test is skipped" >&2; fi
 
-lint: install
+lint: .venv/dev
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
 
-bench: install
+bench: .venv/dev
 	$(bin)/python bench/bench.py
 	$(bin)/python bench/stores.py
 	$(bin)/python bench/followers.py
 
-soak: install
+soak: .venv/dev
 	$(bin)/python bench/soak.py
 
 # The peers have a venv of their own: nothing of theirs is needed to run or to develop. Their
 # versions are the ones of the README's figures.
-bench-peers: install .venv-peers/installed
+bench-peers: .venv/dev .venv-peers/installed
 	$(bin)/python bench/bench.py --peers .venv-peers/bin/gunicorn
 
 .venv-peers/installed:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Run, message_xml, skip
 from serving import gunicorn, nginx_site, until
 
@@ -93,6 +94,17 @@ def test_every_module_is_installed() -> None:
     assert set(setup["options"]["py_modules"].split()) == modules
     packages = {path.parent.name for path in ROOT.glob("w*/__init__.py")}
     assert set(setup["options"]["packages"].split()) == packages
+
+
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [("install", "'.[safe,redis]'"), ("run", "'.[safe,redis]'"), ("test", "'.[safe,redis,dev]'")],
+)
+def test_only_tests_and_checks_install_what_they_need(target: str, extras: str) -> None:
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+    commands = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installs = [line for line in commands.splitlines() if "pip install" in line]
+    assert installs[-1].endswith(f"--editable {extras}")
 
 
 def test_the_environment_file_names_what_the_config_reads() -> None:
