@@ -11,10 +11,11 @@ import re
 import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cache, partial
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import parse_qsl
 
 import reply
@@ -27,8 +28,6 @@ from wechat.message import Message, MessageError, Reply
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-    application: WSGIApplication
 
 log = logging.getLogger("wxserver")
 
@@ -73,6 +72,21 @@ class Refused(Exception):
 
 class ClientGone(Refused):
     """The client hung up: nobody reads what it is answered."""
+
+
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """The WSGI callable for config.ini, which is read at the first call."""
+    with _first_call:
+        configured = _configured()
+    return configured(environ, start_response)
+
+
+_first_call = threading.Lock()
+
+
+@cache
+def _configured() -> WSGIApplication:
+    return create_application(wechat.config.load())
 
 
 def create_application(
@@ -126,8 +140,8 @@ def create_application(
             )
         return OK, _XML, xml
 
-    application = _wsgi(respond)
-    return _with_central(application, config) if config.central else application
+    callback = _wsgi(respond)
+    return _with_central(callback, config) if config.central else callback
 
 
 def _wsgi(respond: Callable[[WSGIEnvironment], Response]) -> WSGIApplication:
@@ -322,14 +336,6 @@ def _write(
         return []
 
 
-def __getattr__(name: str) -> Any:
-    """Make ``application`` when a server asks for it: importing this module needs no config."""
-    if name != "application":
-        raise AttributeError(f"module 'wxserver' has no attribute {name!r}")
-    globals()[name] = made = create_application(wechat.config.load())
-    return made
-
-
 def main() -> None:
     """Serve on 127.0.0.1 with the standard library alone, for a first look."""
     import argparse
@@ -359,8 +365,8 @@ def main() -> None:
             from wechat import redis_store
 
             redis_store.check(config)
-        application = create_application(config)
-        with make_server("127.0.0.1", port, application, Server, Handler) as server:
+        callback = create_application(config)
+        with make_server("127.0.0.1", port, callback, Server, Handler) as server:
             log.info(
                 "Serving http://127.0.0.1:%d%s for a first look; end with Ctrl-C", port, config.path
             )
