@@ -59,11 +59,12 @@ def as_wsgi(
         statuses: other exceptions that refuse a request, with the status that each means.
     """
     statuses = statuses or {}
+    refusals: tuple[type[Exception], ...] = (Refused, *statuses)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
             status, headers, body = respond(environ)
-        except (Refused, *statuses) as error:
+        except refusals as error:
             if isinstance(error, Refused):
                 status, headers = error.status, [*TEXT, *error.headers]
             else:
