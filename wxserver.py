@@ -130,12 +130,7 @@ def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
     """Send the requests for the access_token to wechat/central.py."""
     from wechat import central
 
-    service = central.from_config(config)
-
-    def respond(environ: WSGIEnvironment) -> Response:
-        return service.answer(environ, partial(read_body, environ, config.max_body))
-
-    token_service = as_wsgi(respond)
+    token_service = central.create_application(config)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         is_central = environ.get("PATH_INFO") in CENTRAL_PATHS

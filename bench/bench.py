@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import token_store
+import wechat.api
 import wxserver
 from wechat import crypto
 from wechat.config import Config
@@ -294,8 +295,10 @@ def in_process(rounds: int) -> None:
     safe = replace(plain, appid=APPID, encoding_aes_key=KEY, encryption="safe")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=SHM) as shm:
         path = Path(folder) / "access_token.json"
-        store = token_store.TokenStore(path, "wx1", "secret")
-        age = {"fetched_at": time.time(), "uptime": token_store._uptime()}
+        store = wechat.api.token_store(
+            Config(appid="wx1", appsecret="secret", state_dir=Path(folder))
+        )
+        age = {"fetched_at": time.time(), "uptime": token_store.uptime()}
         token = {"appid": "wx1", "access_token": "T" * 512, "expires_in": 7200}
         path.write_text(json.dumps(token | age))
         assert store.get() == "T" * 512

@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import token_store
 import wechat.answers
+import wechat.api
 import wechat.journal
 import wechat.late
 import wechat.once
@@ -107,7 +107,7 @@ def cpu(config: Config) -> float:
 
 def ask(config: Config, began: float) -> list[float]:
     """Ask for the token in many threads at a moment; return the seconds that each waited."""
-    store = token_store.from_config(config)
+    store = wechat.api.token_store(config)
 
     def one(_: int) -> float:
         time.sleep(max(began - time.monotonic(), 0))
@@ -150,7 +150,7 @@ def main() -> None:
         print(f"\n{'both stores':24}{'µs':>8}{'best':>8}")
         for name, config in stores.items():
             with FakeApi() as api:
-                store = token_store.from_config(replace(config, api_base=api.base))
+                store = wechat.api.token_store(replace(config, api_base=api.base))
                 store.get()
                 row(f"get(), {name}", store.get, 5000)
         on_disk = {"files on disk": replace(ACCOUNT, state_dir=disk)}

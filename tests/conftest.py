@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 import wechat.crypto
+from wechat.config import Config
 from wxsim.fake_api import FakeApi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,17 @@ def config_for(api: FakeApi, folder: Path, **environ: str) -> dict[str, str]:
     path.write_text(f"[access_token]\napi_base = {api.base}\n")
     secrets = {"WX_APPID": APPID, "WX_APPSECRET": APPSECRET}
     return {"WXSERVER_CONFIG": str(path)} | secrets | environ
+
+
+def account(api: FakeApi, folder: Path, **more: Any) -> Config:
+    """Return the Config of the account of ``api``, with its state in ``folder``."""
+    settings: dict[str, Any] = {
+        "appid": APPID,
+        "appsecret": APPSECRET,
+        "api_base": api.base,
+        "state_dir": folder,
+    }
+    return Config(**(settings | more))
 
 
 @pytest.fixture

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import APPID, APPSECRET, Run, config_for
+from conftest import APPID, APPSECRET, Run, account, config_for
 
-import token_store
+import wechat.api
+from token_store import TokenError
 from wechat.api import Api, ApiError
+from wechat.config import Config
 from wxsim.fake_api import FakeApi
 
 
 @pytest.fixture
 def api(fake_api: FakeApi, tmp_path: Path) -> Api:
-    store = token_store.TokenStore(tmp_path / "t.json", APPID, APPSECRET, api_base=fake_api.base)
-    return Api(store, fake_api.base)
+    return wechat.api.from_config(account(fake_api, tmp_path))
 
 
 def test_a_get_carries_the_token(api: Api, fake_api: FakeApi) -> None:
@@ -132,3 +137,114 @@ def test_the_command_says_on_stderr_what_went_wrong(
     assert err.startswith("wechat.api: errcode 40164")
     assert err.count("\n") == 1
     assert "add 1.2.3.4 to the account's IP whitelist" in err
+
+
+# The exchange by itself.
+
+
+@pytest.mark.parametrize("switches", [{"delay": 5.0}, {"drip": 0.05, "failure": b" " * 500}])
+def test_an_api_too_slow_to_answer_or_to_finish_is_left(
+    fake_api: FakeApi, switches: dict[str, Any]
+) -> None:
+    vars(fake_api).update(switches)
+    with pytest.raises(ApiError, match="no answer from 127"):
+        wechat.api.request_json(f"{fake_api.base}/cgi-bin/token", None, "secret", timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    "drip", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"X-Header: 1\r\n"]
+)
+def test_an_api_that_never_comes_to_the_point_is_left(drip: bytes) -> None:
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" if drip.startswith(b"X") else b"")
+            with contextlib.suppress(OSError):
+                while not over.wait(0.01):
+                    connection.sendall(drip)
+
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        with pytest.raises(ApiError, match="no answer from 127"):
+            wechat.api.request_json(url, None, "secret", timeout=0.2)
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "api_base", ["api.weixin.qq.com", "http://[::1", "https://a..b", "ftp://a"]
+)
+def test_an_impossible_address_is_an_error_without_the_secret(api_base: str) -> None:
+    for endpoint in ("token", "stable_token"):
+        config = Config(appid=APPID, appsecret=APPSECRET, api_base=api_base, endpoint=endpoint)
+        with pytest.raises(ApiError, match="no answer from") as caught:
+            wechat.api.fetch_token(config)
+        assert APPSECRET not in str(caught.value)
+
+
+def test_an_api_that_is_not_there_is_named() -> None:
+    with pytest.raises(ApiError, match=r"no answer from 127\.0\.0\.1:1: .*refused"):
+        wechat.api.request_json("http://127.0.0.1:1", None, "secret")
+
+
+def test_an_answer_without_end_is_left(fake_api: FakeApi) -> None:
+    fake_api.failure = b" " * (wechat.api.LARGEST_ANSWER + 10_000_000)
+    with pytest.raises(ApiError, match="something else than WeChat's JSON"):
+        wechat.api.request_json(f"{fake_api.base}/cgi-bin/token", None, "secret")
+
+
+WITHOUT_THREADS = """
+import resource, sys, threading, wechat.api
+threading.stack_size(1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+try:
+    wechat.api.request_json(sys.argv[1], None, "secret")
+except wechat.api.ApiError as error:
+    print(error)
+"""
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_of_the_api(
+    fake_api: FakeApi, run: Run
+) -> None:
+    out, err = run("-c", WITHOUT_THREADS, f"{fake_api.base}/cgi-bin/token").communicate()
+    assert (out.startswith("no answer from 127.0.0.1:"), err) == (True, "")
+    assert "thread" in out
+
+
+# The access_token of WeChat.
+
+
+def test_every_errcode_of_the_platform_that_an_owner_meets_has_a_meaning() -> None:
+    known = {-1, 40001, 40002, 40013, 40014, 40125, 40164, 40243, 41002, 41004, 42001, 43002}
+    known |= {45009, 45011, 48001, 50004, 89503, 89506, 89507}
+    assert set(wechat.api.ADVICE) == known
+
+
+def test_stale_token_is_sent_to_another_copy_and_never_to_wechat_itself() -> None:
+    for api_base, sent in (
+        ("https://api.weixin.qq.com", None),
+        ("https://sh.api.weixin.qq.com", None),
+        ("https://api.weixin.qq.com.example.com", "T"),
+        ("https://wx.example.com", "T"),
+    ):
+        config = Config(appid=APPID, appsecret=APPSECRET, api_base=api_base)
+        _, fields = wechat.api.token_request(config, "T")
+        assert fields
+        assert (fields.get("stale_token"), fields["force_refresh"]) == (sent, True)
+        _, fields = wechat.api.token_request(config)
+        assert fields == {
+            "grant_type": "client_credential",
+            "appid": APPID,
+            "secret": APPSECRET,
+        }
+
+
+@pytest.mark.parametrize("missing", ["appid", "appsecret"])
+def test_a_store_without_credentials_is_refused_at_once(tmp_path: Path, missing: str) -> None:
+    settings: dict[str, Any] = {"appid": "wx1", "appsecret": "s", "state_dir": tmp_path}
+    with pytest.raises(TokenError, match="appid and appsecret"):
+        wechat.api.token_store(Config(**(settings | {missing: ""})))

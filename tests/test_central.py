@@ -6,7 +6,9 @@ The API behind it is a fake one over real HTTP; the clocks of the store are pass
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
+import io
 import json
 import os
 import re
@@ -22,14 +24,26 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
-from conftest import APPID, APPSECRET, NOW, ROOT, TOKEN, Run, message_xml, signed, skip
+from conftest import (
+    APPID,
+    APPSECRET,
+    NOW,
+    ROOT,
+    TOKEN,
+    Run,
+    account,
+    message_xml,
+    signed,
+    skip,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Server, Site, gunicorn, nginx_site, until
 from webtest import TestApp
 
+import wechat.api
 import wechat.central
-from token_store import TokenError, TokenStore
+from token_store import FilePlace, TokenError, TokenStore
 from wechat.central import TokenService
 from wechat.config import Config
 from wxserver import create_application
@@ -250,6 +264,18 @@ def test_without_https_only_this_machine_is_answered(
     assert "without https" in caplog.text
 
 
+def test_a_proxy_that_gunicorn_does_not_trust_is_named_with_the_setting(
+    run: Run, fake_api: FakeApi, tmp_path: Path
+) -> None:
+    told = {"GUNICORN_CMD_ARGS": "--forwarded-allow-ips=203.0.113.7"}
+    server = gunicorn(run, tmp_path, **central_config(fake_api, tmp_path), **told).ready()
+    request = f"GET /cgi-bin/token?{urlencode(RIGHT)} HTTP/1.0\r\nX-Forwarded-Proto: https\r\n\r\n"
+    assert b"403 Forbidden: ask over https" in server.raw(request.encode())
+    assert "gunicorn does not trust 127.0.0.1" in server.log
+    assert "start gunicorn with --forwarded-allow-ips=127.0.0.1" in server.log
+    assert fake_api.fetches == []
+
+
 @pytest.fixture
 def _all_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
@@ -323,7 +349,8 @@ class Client:
     def _ask(self, method: str, path: str, query: str, body: bytes) -> dict[str, Any]:
         environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, **LOCAL}
         environ |= {"QUERY_STRING": query, "wsgi.url_scheme": "http"}
-        answer: dict[str, Any] = json.loads(self.service.answer(environ, lambda: body)[2])
+        environ |= {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+        answer: dict[str, Any] = json.loads(self.service.respond(environ)[2])
         return answer
 
 
@@ -333,16 +360,11 @@ def make(fake_api: FakeApi, clock: Clock, tmp_path: Path) -> Callable[..., Clien
     fake_api.clock = clock
 
     def made(endpoint: str = "stable_token") -> Client:
-        store = TokenStore(
-            tmp_path / "access_token.json",
-            APPID,
-            APPSECRET,
-            endpoint=endpoint,
-            api_base=fake_api.base,
-            clock=clock,
-            uptime=clock,
-        )
-        return Client(TokenService(store, APPID, CLIENTS, fake_api.base, clock))
+        config = account(fake_api, tmp_path, endpoint=endpoint, central=CLIENTS)
+        place = FilePlace(tmp_path / "access_token.json")
+        fetch = functools.partial(wechat.api.fetch_token, config)
+        store = TokenStore(APPID, place, fetch, clock=clock, uptime=clock)
+        return Client(TokenService(config, store, clock))
 
     return made
 
@@ -549,10 +571,10 @@ def server(run: Run, fake_api: FakeApi, tmp_path: Path) -> Iterator[Server]:
 
 
 def central(run: Run, api: FakeApi, folder: Path) -> Server:
-    return gunicorn(run, folder, **account(api, folder)).ready()
+    return gunicorn(run, folder, **central_config(api, folder)).ready()
 
 
-def account(api: FakeApi, folder: Path) -> dict[str, str]:
+def central_config(api: FakeApi, folder: Path) -> dict[str, str]:
     """Write the config.ini of a server with clients; return the secrets for its environment."""
     (folder / "config.ini").write_text(
         f"[central]\nshop = {SHOP}\nreports = {REPORTS}\n[access_token]\napi_base = {api.base}\n"
@@ -560,11 +582,17 @@ def account(api: FakeApi, folder: Path) -> dict[str, str]:
     return {"WX_APPID": APPID, "WX_APPSECRET": APPSECRET}
 
 
+def second_copy(server: Server, folder: Path, secret: str = SHOP, **more: str) -> TokenStore:
+    """Return the store of another copy of this project, which asks ``server``."""
+    settings: dict[str, Any] = {"api_base": server.base, "state_dir": folder, **more}
+    return wechat.api.token_store(Config(appid=APPID, appsecret=secret, **settings))
+
+
 @pytest.mark.parametrize("endpoint", ["stable_token", "token"])
 def test_a_second_copy_gets_its_token_here_survives_its_end_and_refreshes(
     server: Server, fake_api: FakeApi, tmp_path: Path, endpoint: str
 ) -> None:
-    copy = TokenStore(tmp_path / "copy.json", APPID, SHOP, endpoint=endpoint, api_base=server.base)
+    copy = second_copy(server, tmp_path / "copy", endpoint=endpoint)
     first = copy.get()
     assert first == fake_api.token
     fake_api.expire()
@@ -573,16 +601,14 @@ def test_a_second_copy_gets_its_token_here_survives_its_end_and_refreshes(
     assert len(fake_api.fetches) == 2
     assert "shop (127.0.0.1) got the access_token" in server.log
     with pytest.raises(TokenError, match="errcode 40125"):
-        TokenStore(
-            tmp_path / "other.json", APPID, "x" * 20, endpoint=endpoint, api_base=server.base
-        ).get()
+        second_copy(server, tmp_path / "other", "x" * 20, endpoint=endpoint).get()
 
 
 @pytest.mark.parametrize("endpoint", ["stable_token", "token"])
 def test_a_second_copy_told_40001_of_what_wechat_calls_good_gets_another_one_too(
     server: Server, fake_api: FakeApi, tmp_path: Path, endpoint: str
 ) -> None:
-    copy = TokenStore(tmp_path / "copy.json", APPID, SHOP, endpoint=endpoint, api_base=server.base)
+    copy = second_copy(server, tmp_path / "copy", endpoint=endpoint)
     first = copy.get()
     assert copy.refresh(first) == fake_api.token != first
 
@@ -590,7 +616,7 @@ def test_a_second_copy_told_40001_of_what_wechat_calls_good_gets_another_one_too
 def test_while_wechat_hangs_a_second_copy_gets_the_token_before_it_gives_up(
     server: Server, fake_api: FakeApi, tmp_path: Path
 ) -> None:
-    stores = [TokenStore(tmp_path / name, APPID, SHOP, api_base=server.base) for name in "ab"]
+    stores = [second_copy(server, tmp_path / name) for name in "ab"]
     first = stores[0].get()
     fake_api.delay = 20
     assert stores[1].get() == first
@@ -600,9 +626,7 @@ def test_a_hundred_clients_at_once_get_one_token_of_one_fetch_from_all_workers(
     server: Server, fake_api: FakeApi, tmp_path: Path
 ) -> None:
     fake_api.delay = 0.2
-    stores = [
-        TokenStore(tmp_path / f"{n}.json", APPID, SHOP, api_base=server.base) for n in range(100)
-    ]
+    stores = [second_copy(server, tmp_path / str(n)) for n in range(100)]
     with ThreadPoolExecutor(100) as pool:
         assert set(pool.map(lambda store: store.get(), stores)) == {fake_api.token}
     assert len(fake_api.fetches) == 1
@@ -613,7 +637,7 @@ def test_over_a_unix_socket_https_has_to_be_told(
 ) -> None:
     path = tmp_path / "socket"
     arguments = ("-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-b", f"unix:{path}")
-    Server(run, tmp_path, *arguments, "wxserver", **account(fake_api, tmp_path))
+    Server(run, tmp_path, *arguments, "wxserver", **central_config(fake_api, tmp_path))
     until(path.exists)
 
     def ask(*headers: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import APPID, APPSECRET, Run
 
-import token_store
+import wechat.api
 import wechat.config
 from wxsim import fake_api
 from wxsim.fake_api import FakeApi
@@ -239,7 +239,7 @@ def test_what_must_be_posted_must_be_a_json_object(
 def test_an_error_has_the_platforms_words_and_a_rid(api: FakeApi) -> None:
     answer = fetch(api.base, "/cgi-bin/getcallbackip")
     assert re.fullmatch(r"access_token missing rid: [0-9a-f]{8}(-[0-9a-f]{8}){2}", answer["errmsg"])
-    assert set(token_store.ADVICE) <= set(fake_api.ERRMSG)
+    assert set(wechat.api.ADVICE) <= set(fake_api.ERRMSG)
 
 
 def test_expire_ends_every_token(api: FakeApi) -> None:
@@ -420,9 +420,8 @@ def test_the_command_prints_what_to_put_into_config_ini(run: Run, tmp_path: Path
     lines = command.start.splitlines()
     section = lines.index("[access_token]")
     (tmp_path / "printed.ini").write_text("\n".join(lines[section : section + 2]))
-    config = wechat.config.load(tmp_path / "printed.ini", {})
-    store = token_store.TokenStore(tmp_path / "t.json", "wxany", "any", api_base=config.api_base)
-    token = store.get()
+    secrets = {"WX_APPID": "wxany", "WX_APPSECRET": "any"}
+    token = wechat.api.token_store(wechat.config.load(tmp_path / "printed.ini", secrets)).get()
     assert "ip_list" in fetch(command.base, f"/cgi-bin/getcallbackip?access_token={token}")
     assert "any appid with any appsecret" in lines[0]
 

@@ -9,23 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import APPID, APPSECRET, ROOT, TOKEN, Run, config_for, message_xml
+import redis
+from conftest import APPID, APPSECRET, ROOT, TOKEN, Run, account, config_for, message_xml
 from serving import RedisServer, Server, free_port, gunicorn, until
 from test_once import WAIT, Counted, message, write
 
+import wechat.api
 import wechat.config
 import wechat.late
 import wechat.redis_store
-from token_store import TokenError
+from token_store import TokenError, TokenStore
 from wechat.config import ConfigError
 from wechat.late import LateAnswers
 from wechat.message import from_xml
 from wechat.once import ReplyOnce
-from wechat.redis_store import RedisAnswers, RedisLate, RedisTokenStore
+from wechat.redis_store import RedisAnswers, RedisLate, RedisPlace
 from wxsim.fake_api import FakeApi
 
 
@@ -51,14 +54,14 @@ def clock(fake_api: FakeApi) -> Clock:
     return Clock(fake_api)
 
 
-Make = Callable[..., RedisTokenStore]
+Make = Callable[..., TokenStore]
 
 
 @pytest.fixture
-def make(fake_api: FakeApi, clock: Clock) -> Make:
-    def make(url: str, **more: Any) -> RedisTokenStore:
-        settings = {"api_base": fake_api.base, "clock": clock, **more}
-        return RedisTokenStore(url, APPID, APPSECRET, **settings)
+def make(fake_api: FakeApi, clock: Clock, tmp_path: Path) -> Make:
+    def make(url: str, endpoint: str = "stable_token", **more: Any) -> TokenStore:
+        fetch = partial(wechat.api.fetch_token, account(fake_api, tmp_path, endpoint=endpoint))
+        return TokenStore(APPID, RedisPlace(url, APPID), fetch, **{"clock": clock, **more})
 
     return make
 
@@ -134,16 +137,16 @@ def test_without_redis_the_token_last_known_is_given_while_it_lives_and_nobody_a
     clock.passed += 200  # near its end
     assert [store.get() for _ in range(20)] == [token] * 20
     for ask in (newcomer.get, lambda: store.refresh(token)):
-        with pytest.raises(TokenError, match=r"cannot write Redis at 127\.0\.0\.1:\d+: "):
+        with pytest.raises(TokenError, match=r"cannot (read|write) Redis at 127\.0\.0\.1:\d+: "):
             ask()
     clock.passed += 200
-    with pytest.raises(TokenError, match="cannot write Redis"):
+    with pytest.raises(TokenError, match="cannot read Redis"):
         store.get()
     assert len(fake_api.fetches) == 1
     assert token not in caplog.text
     bring_back(own_redis)
 
-    def healed(store: RedisTokenStore) -> bool:
+    def healed(store: TokenStore) -> bool:
         try:
             return store.get() == fake_api.token
         except TokenError:
@@ -237,7 +240,8 @@ def test_what_is_no_token_of_the_account_counts_as_none(
     redis_url: str, make: Make, fake_api: FakeApi, content: bytes
 ) -> None:
     store = make(redis_url)
-    store._redis.client.set(store._name, content)
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(f"wxserver:{APPID}:token", content)
     assert store.get() == make(redis_url).get() == fake_api.token
     assert len(fake_api.fetches) == 1
 
@@ -261,8 +265,8 @@ def test_machines_that_started_at_different_times_share_a_token(
 
 
 FETCH = """
-import sys, token_store, wechat.config
-store = token_store.from_config(wechat.config.load())
+import sys, wechat.api, wechat.config
+store = wechat.api.token_store(wechat.config.load())
 print("ready", flush=True)
 sys.stdin.readline()
 print(store.get(), flush=True)
@@ -306,15 +310,15 @@ def test_a_thread_that_lost_its_lock_does_not_take_another_threads_for_its_own(
     redis_server: RedisServer, redis_url: str, make: Make, fake_api: FakeApi
 ) -> None:
     store, got = make(redis_url, endpoint="token"), list[Future[str]]()
+    lock = f"wxserver:{APPID}:token.lock"
 
     def fetch() -> None:
         if len(got) == 2:  # the other thread, which has the lock, waits for the first one's end
             got[0].result()
             return
-        redis_server.ask("DEL", f"{store._name}.lock")
-        until(lambda: not store._redis._held)
+        redis_server.ask("DEL", lock)
         got.append(pool.submit(store.get))
-        until(lambda: store._redis._held)
+        until(lambda: redis_server.ask("EXISTS", lock).startswith(b":1"))
 
     fake_api.on_fetch = fetch
     with ThreadPoolExecutor() as pool:
@@ -365,7 +369,7 @@ def test_check_says_what_is_wrong_with_redis_and_what_it_needs(
     env = config_for(fake_api, tmp_path, WX_REDIS=nowhere())
     command = ("-m", "wxsim", "check", "--url", "http://127.0.0.1:1/wx")
     out, err = run(*command, env=env).communicate()
-    assert "FAIL  token: cannot write Redis at 127.0.0.1:" in out
+    assert "FAIL  token: cannot read Redis at 127.0.0.1:" in out
     assert "FAIL  callback: [wechat] token: with [shared] redis set it" in out
     assert "s3cret" not in out + err
     assert err == ""
@@ -387,11 +391,9 @@ def test_what_a_full_redis_refuses_stands_in_no_log(
 
 
 def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
-    redis_url: str, fake_api: FakeApi
+    redis_url: str, make: Make
 ) -> None:
-    one, other = (
-        RedisTokenStore(redis_url, APPID, APPSECRET, api_base=fake_api.base) for _ in "12"
-    )
+    one, other = make(redis_url), make(redis_url)
     first = one.get()
     time.sleep(wechat.redis_store.LOOK)
     assert other.get() == first
@@ -471,9 +473,9 @@ def test_without_the_package_the_owner_is_told_what_to_install(
 
 def test_it_is_not_imported_unless_it_is_set(run: Run, tmp_path: Path) -> None:
     script = (
-        "import sys, wxserver, token_store, wechat.config;"
+        "import sys, wxserver, wechat.api, wechat.config;"
         "wxserver.create_application(wechat.config.load());"
-        "token_store.from_config(wechat.config.load());"
+        "wechat.api.token_store(wechat.config.load());"
         "print(*{'redis', 'wechat.redis_store'} & set(sys.modules))"
     )
     (tmp_path / "config.ini").write_text("[wechat]\ntoken = AAAAA\nappid = wx1\nappsecret = s\n")

@@ -18,6 +18,7 @@ from conftest import (
     NOW,
     TOKEN,
     Run,
+    account,
     message_xml,
     sealed,
     signed,
@@ -27,7 +28,7 @@ from webtest import TestApp
 
 import wechat.api
 import wechat.message
-from token_store import ApiError, TokenStore
+from token_store import ApiError
 from wechat.config import Config
 from wechat.crypto import MessageCipher
 from wechat.message import from_xml
@@ -174,17 +175,16 @@ def test_the_rest_of_a_long_text_is_pushed_to_the_follower(
 def test_each_kind_of_reply_is_sent_as_this_api_spells_it(
     tmp_path: Path, fake_api: FakeApi, reply: dict[str, Any], body: dict[str, Any]
 ) -> None:
-    store = TokenStore(tmp_path / "t", APPID, APPSECRET, api_base=fake_api.base)
+    api = wechat.api.from_config(account(fake_api, tmp_path))
     # As it comes out of the file of an answer.
-    wechat.api.Api(store, fake_api.base).send("o1", from_xml(wechat.message.to_xml(reply)))
+    api.send("o1", from_xml(wechat.message.to_xml(reply)))
     assert json.loads(fake_api.calls[-1][2]) == {"touser": "o1", **body}
 
 
 def test_what_this_api_cannot_send_is_a_clear_error_and_typing_never_fails(
     tmp_path: Path, fake_api: FakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = TokenStore(tmp_path / "t", APPID, APPSECRET, api_base=fake_api.base)
-    api = wechat.api.Api(store, fake_api.base)
+    api = wechat.api.from_config(account(fake_api, tmp_path))
     with pytest.raises(ApiError, match="transfer_customer_service cannot be sent"):
         api.send("o1", wechat.message.transfer_customer_service())
     api.typing("o1")

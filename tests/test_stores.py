@@ -19,7 +19,7 @@ from conftest import APPID, APPSECRET, TOKEN, Run, config_for
 from serving import until
 from test_once import PATIENCE, WAIT, Counted, event, message, send, write
 
-import token_store
+import wechat.api
 import wechat.redis_store
 from token_store import TokenError, TokenStore
 from wechat.answers import Answers
@@ -62,9 +62,7 @@ class Shared:
         )
 
     def tokens(self, **more: Any) -> TokenStore:
-        store = token_store.from_config(self.config(**more))
-        store._clock = self.clock
-        return store
+        return wechat.api.token_store(self.config(**more), self.clock)
 
     def answers(self) -> Answers:
         return answers(self.config())
@@ -87,7 +85,7 @@ class Shared:
 
 BEGIN = """
 import os, sys, time
-import wechat.redis_store, wechat.journal, token_store, wechat.config
+import wechat.redis_store, wechat.journal, wechat.api, wechat.config
 from pathlib import Path
 from wechat.late import LateAnswers, LateFiles
 from wechat.once import ReplyOnce
@@ -140,7 +138,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path, fake_api: FakeApi) ->
 
 ASK = """
 stale = sys.argv[1]
-store = token_store.from_config(config)
+store = wechat.api.token_store(config)
 ready()
 print(store.refresh(stale) if stale else store.get())
 """

@@ -4,28 +4,60 @@
     api.call("getcallbackip")
     api.call("message/custom/typing", {"touser": openid, "command": "Typing"})
 
-``python -m wechat.api getcallbackip`` does the same in a shell. What the error codes
-mean is in token_store.py, which has to work without this file.
+``python -m wechat.api getcallbackip`` does the same in a shell. Sources of the rules: the
+platform's 获取 Access token, 获取稳定版接口调用凭据 and 全局返回码.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import json
 import logging
+import queue
+import re
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
-import token_store
 from token_store import ApiError as ApiError
-from token_store import TokenStore
+from token_store import FilePlace, Place, TokenError, TokenStore
 
 if TYPE_CHECKING:
     from wechat.config import Config
 
+TIMEOUT = 5.0  # seconds for a whole exchange with WeChat
+LARGEST_ANSWER = 4 * 1048576  # bytes; a list of 10,000 followers takes 0.3 MB
+TOKEN_REFUSED = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
+
+ADVICE = {
+    -1: "WeChat is busy; try again later",
+    40001: "check [wechat] appsecret; or something else fetches tokens for this account",
+    40002: "the grant_type is wrong",
+    40013: "check [wechat] appid",
+    40014: "the access_token is invalid",
+    40125: "check [wechat] appsecret, or reset it in the console",
+    40164: "add {ip} to the account's IP whitelist: 设置与开发 → 基本配置 → IP白名单",
+    40243: "the AppSecret is frozen; unfreeze it in the console",
+    41002: "the AppID is missing",
+    41004: "the AppSecret is missing",
+    42001: "the access_token has expired",
+    43002: "this call needs a body to POST",
+    45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
+    45011: "too many calls; slow down",
+    48001: "the account has no right to this call; it needs verification (认证)",
+    50004: "the account is banned or logged out",
+    89503: "the administrator has to confirm this IP on the phone",
+    89506: "the administrator refused this IP; it has to be confirmed on the phone",
+    89507: "the administrator blocked this IP; it has to be confirmed on the phone",
+}
 log = logging.getLogger("wechat.api")
-ANOTHER_TOKEN = frozenset({40001, 40014, 42001})  # the token is not the latest, invalid, expired
 
 
 class Api:
@@ -56,7 +88,7 @@ class Api:
         try:
             return self._ask(path, body, token)
         except ApiError as error:
-            if error.errcode not in ANOTHER_TOKEN:
+            if error.errcode not in TOKEN_REFUSED:
                 raise
         return self._ask(path, body, self._store.refresh(token))
 
@@ -103,7 +135,7 @@ class Api:
         )
         url = f"{self._api_base}{path}{'&' if '?' in path else '?'}"
         url += urlencode({"access_token": token})
-        return token_store.fetch_json(url, body, token, token_store.TIMEOUT)
+        return request_json(url, body, token)
 
 
 def _lowered(fields: dict[str, Any]) -> dict[str, Any]:
@@ -111,13 +143,160 @@ def _lowered(fields: dict[str, Any]) -> dict[str, Any]:
     return {name.lower(): value for name, value in fields.items() if not name.endswith("MediaId")}
 
 
+def request_json(
+    url: str, payload: dict[str, Any] | None, secret: str, timeout: float = TIMEOUT
+) -> dict[str, Any]:
+    """GET ``url``, or POST ``payload`` to it as JSON; return the JSON object that WeChat answers.
+
+    Args:
+        url: never shown in an error, since it may hold a secret.
+        payload: None for GET.
+        secret: removed from errors, in case that WeChat quotes it.
+        timeout: seconds for the whole exchange.
+
+    Raises:
+        ApiError: WeChat refused, or gave no answer that can be read.
+        TypeError, ValueError: ``payload`` cannot be JSON in UTF-8.
+    """
+    # ensure_ascii=False, for WeChat shows a follower what it is sent, even as \u escapes.
+    data = None if payload is None else json.dumps(payload, ensure_ascii=False).encode()
+    host = url.partition("://")[2].partition("/")[0]
+    results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    exchange = threading.Thread(target=_exchange, args=(url, data, timeout, results), daemon=True)
+    try:
+        # In a thread, because a DNS look-up or a server that drips bytes outlasts any timeout.
+        exchange.start()
+        result = results.get(timeout=timeout)
+    except RuntimeError as error:  # this process has as many threads as it may
+        result = error
+    except queue.Empty:
+        result = TimeoutError(f"timed out after {timeout:.0f} s")
+    if isinstance(result, Exception):
+        raise ApiError(f"no answer from {host}: {_why(result, secret)}")
+    answer = None
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(result)
+    errcode = answer.get("errcode", 0) if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or type(errcode) is not int or abs(errcode) > 10**9:
+        raise ApiError(f"{host} answered with something else than WeChat's JSON")
+    if errcode:
+        raise _refusal(errcode, _one_line(answer.get("errmsg"), secret))
+    return answer
+
+
+def _exchange(
+    url: str, data: bytes | None, timeout: float, results: queue.SimpleQueue[bytes | Exception]
+) -> None:
+    try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with _opener().open(request, timeout=timeout) as response:
+            results.put(response.read(LARGEST_ANSWER))
+    except Exception as error:  # noqa: BLE001  request_json raises it in the caller's thread
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        results.put(error)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener of http(s) that follows no redirect: the secrets go nowhere else."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _refusal(errcode: int, errmsg: str) -> ApiError:
+    advice = ADVICE.get(errcode, "its meaning is in WeChat's 全局返回码")
+    ip = re.search(r"[0-9]+(\.[0-9]+){3}", errmsg)
+    advice = advice.format(ip=ip.group() if ip else "this machine's public address")
+    return ApiError(f"errcode {errcode} ({errmsg}): {advice}", errcode)
+
+
+def _why(error: Exception, secret: str) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
+    if isinstance(error, ValueError):  # its text quotes the URL
+        return type(error).__name__
+    return _one_line(getattr(error, "reason", None) or error, secret)
+
+
+def _one_line(text: object, secret: str) -> str:
+    """Return the text as one line that can be logged, without the secret."""
+    shown = str(text).replace(secret, "***")
+    return " ".join("".join(c if c.isprintable() else " " for c in shown).split())[:200]
+
+
+def token_request(config: Config, refused: str = "") -> tuple[str, dict[str, Any] | None]:
+    """Return the URL and the body (None: GET) of a request for the account's access_token.
+
+    Args:
+        config: the account, the kind of token and where the API is.
+        refused: a token that must be replaced although WeChat thinks that it is valid.
+    """
+    url = f"{config.api_base}/cgi-bin/{config.endpoint}"
+    fields: dict[str, Any] = {
+        "grant_type": "client_credential",
+        "appid": config.appid,
+        "secret": config.appsecret,
+    }
+    if refused and not _is_wechat(config.api_base):
+        fields["stale_token"] = refused
+    if config.endpoint == "token":
+        return f"{url}?{urlencode(fields)}", None
+    if refused:
+        fields["force_refresh"] = True
+    return url, fields
+
+
+def _is_wechat(api_base: str) -> bool:
+    """Tell WeChat's own hosts from a copy of this project that hands out tokens ([central])."""
+    return (urlsplit(api_base).hostname or "").endswith(".weixin.qq.com")
+
+
+def fetch_token(config: Config, refused: str = "") -> tuple[str, int]:
+    """Fetch the account's access_token; see ``token_store.Fetch``, which checks what comes.
+
+    Raises:
+        ApiError: WeChat refused, or gave no answer that can be read.
+    """
+    answer = request_json(*token_request(config, refused), config.appsecret)
+    return answer.get("access_token", ""), answer.get("expires_in", 0)
+
+
+def token_store(config: Config, clock: Callable[[], float] = time.time) -> TokenStore:
+    """Return the store of the account's access_token, in ``state_dir`` or in Redis.
+
+    Raises:
+        TokenError: AppID or AppSecret is not set.
+        ConfigError: ``[shared] redis`` needs a package that is not installed.
+    """
+    if not config.appid or not config.appsecret:
+        raise TokenError("set [wechat] appid and appsecret, or WX_APPID and WX_APPSECRET")
+    place: Place = FilePlace(config.state_dir / "access_token.json")
+    if config.redis:
+        import wechat.redis_store
+
+        place = wechat.redis_store.RedisPlace(config.redis, config.appid)
+    fetch = functools.partial(fetch_token, config)
+    return TokenStore(config.appid, place, fetch, margin=config.margin, clock=clock)
+
+
 def from_config(config: Config) -> Api:
     """Return the API of the account of config.ini.
 
     Raises:
         TokenError: AppID or AppSecret is not set.
+        ConfigError: ``[shared] redis`` needs a package that is not installed.
     """
-    return Api(token_store.from_config(config), config.api_base)
+    return Api(token_store(config), config.api_base)
 
 
 def main() -> None:

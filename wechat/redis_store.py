@@ -23,12 +23,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-import token_store
-from token_store import LONGEST_WAIT, TokenStore
+from token_store import LONGEST_LIFE, LONGEST_WAIT, Replace
 from wechat.answers import REMEMBER, State
 from wechat.config import ConfigError
 from wechat.late import KEEP_LATE
@@ -49,6 +47,7 @@ TIMEOUT = 1.0  # seconds to connect, and to answer: WeChat waits five for everyt
 PAUSE = 1.0  # seconds that a Redis is left alone after a failure, so that not all wait for it
 LEASE = 3.0  # seconds until the lock of a dead process is free; renewed three times as often
 LOOK = 0.1  # seconds between two looks, at the token or for an answer
+KEEP_TOKEN = LONGEST_LIFE + int(2 * LONGEST_WAIT)  # seconds; a wait after a failure is kept too
 CONNECTIONS = 1024  # more than a process has threads; redis-py's own limit may be less
 
 _OPTION = re.compile("db|username|password|ssl_.*")
@@ -166,84 +165,65 @@ class _Redis:
                             self.leave(name)
 
 
-class RedisTokenStore(TokenStore):
-    """Gives out the account's access_token, fetched once for every machine.
+class RedisPlace:
+    """Keeps the state of the access_token, for all machines; see ``token_store.Place``.
 
-    Without Redis, the token last known is given as long as it lives, and nobody asks WeChat: what
-    could not be shared would be the end of the others' token. The clocks of the machines have to
-    agree within a minute.
+    Without Redis a token that is known goes on being given out while it lives, and nobody asks
+    WeChat for another: it could not be shared, and the others' token would die of it. The clocks of
+    the machines have to agree within a minute.
 
     Args:
         url: of Redis.
         appid: the account's AppID.
-        appsecret: the account's AppSecret.
-        settings: as those of TokenStore.
 
     Raises:
-        ValueError: no AppID or AppSecret, or an unknown endpoint.
         ConfigError: the URL cannot be used.
     """
 
-    def __init__(self, url: str, appid: str, appsecret: str, **settings: Any) -> None:
-        super().__init__("", appid, appsecret, **settings)
-        self._redis, self._name = _Redis(url), f"wxserver:{appid}:token"
-        self._path = self._redis.where  # for what is said of it
-        self._look_at = self._lock_at = 0.0
-        self._lost = False
-        self._own = threading.local()  # its lock is the one that the thread has
+    one_machine = False
 
-    def _renew(self, stale: str = "") -> token_store._State:
-        if stale:
-            self._look_at = 0.0  # whoever refuses a token may know more than the last look
-        return super()._renew(stale)
+    def __init__(self, url: str, appid: str) -> None:
+        self._redis, self._key = _Redis(url), f"wxserver:{appid}:token"
+        self.name = self._redis.where
+        self._data, self._failure = b"", ""  # what the last read brought, or why it failed
+        self._read_at = self._lock_at = 0.0  # when to ask Redis again
+
+    def read(self, latest: bool, /) -> bytes:
+        """Return what Redis holds, asked at most once in ``LOOK`` unless ``latest``."""
+        now = time.monotonic()
+        if latest or now >= self._read_at:
+            self._read_at = now + LOOK
+            try:
+                with self._redis.asked() as client:
+                    self._data, self._failure = client.get(self._key) or b"", ""
+            except OSError as error:
+                self._failure = str(error.strerror)
+        if self._failure:
+            raise self._redis.error(self._failure)
+        return self._data
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[bool]:
-        if time.monotonic() < self._lock_at:
-            yield False
+    def lock(self) -> Iterator[Replace | None]:
+        """Try once to get the lock, for all threads at most once in ``LOOK``."""
+        lock = None
+        if time.monotonic() >= self._lock_at:
+            lock = self._redis.lock(self._key)
+            self._lock_at = 0.0 if lock else time.monotonic() + LOOK
+        if lock is None:
+            yield None
             return
-        lock = self._own.lock = self._redis.lock(self._name)
-        if not lock:
-            self._lock_at = time.monotonic() + LOOK  # for all threads that wait for it
-            yield False
-            return
+
+        def replace(data: bytes) -> None:
+            if not self._redis.has(lock):
+                raise self._redis.error("the lock was lost")
+            with self._redis.asked() as client:
+                client.set(self._key, data, ex=KEEP_TOKEN)
+            self._data = data
+
         try:
-            self._look()
-            yield True
+            yield replace
         finally:
-            self._redis.unlock(self._name, lock)
-
-    def _write(self, state: token_store._State) -> None:
-        if not self._redis.has(self._own.lock):
-            raise self._redis.error("the lock was lost")
-        data, life = token_store._bytes(state), max(self._left(state), 0) + 2 * LONGEST_WAIT
-        with self._redis.asked() as client:
-            client.set(self._name, data, px=int(life * 1000))
-        self._cache = (data, state)
-
-    def _origin(self) -> Any:
-        """Return what the state was read from."""
-        return self._cache[0]
-
-    def _read(self) -> token_store._State:
-        if time.monotonic() >= self._look_at:
-            try:
-                self._look()
-            except OSError as error:
-                if not self._lost and self._cache[1].access_token:
-                    log.error("going on with the access_token last known: %s", error)
-                self._lost = True
-        return self._cache[1]
-
-    def _look(self) -> None:
-        self._look_at = time.monotonic() + LOOK
-        with self._redis.asked() as client:
-            data = client.get(self._name)
-        if data != self._cache[0] or self._lost:  # if lost, what failed without it is forgotten
-            state = self._parse(data) if data else self._nothing
-            # Uptime is each machine's own: here it begins with what the clocks tell.
-            age = max(self._clock() - state.fetched_at, 0)
-            self._cache, self._lost = (data, replace(state, uptime=self._uptime() - age)), False
+            self._redis.unlock(self._key, lock)
 
 
 class RedisAnswers:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import token_store
 import wechat.api
 import wechat.config
 import wechat.crypto
@@ -88,7 +87,7 @@ def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
 def _config(config: Config, path: Path) -> str:
     """All is installed and set that the account needs."""
     wechat.crypto.from_config(config)
-    token_store.from_config(config)
+    wechat.api.token_store(config)
     source = str(config.state_dir / "callback_token")
     if config.token:
         source = "WX_TOKEN" if os.environ.get("WX_TOKEN", "").strip() else "config.ini"
@@ -193,7 +192,7 @@ def _callback(config: Config, url: str) -> str:
 
 def _token(config: Config) -> str:
     """There is an access_token, got as the server gets it."""
-    return f"{len(token_store.from_config(config).get())} characters"
+    return f"{len(wechat.api.token_store(config).get())} characters"
 
 
 def _getcallbackip(config: Config) -> str:
