@@ -26,7 +26,7 @@ from serving import until
 import wechat.late
 import wechat.once
 from wechat.journal import Journal
-from wechat.late import LateAnswers, LateFiles, NothingLate
+from wechat.late import LateAnswers, LateFiles
 from wechat.message import from_xml
 from wechat.once import ReplyOnce
 
@@ -70,8 +70,8 @@ def write(message: Message, reply: Any, late: bool) -> list[bytes]:
 
 def once_with(journal: Journal, folder: Path, **more: Any) -> ReplyOnce:
     settings = {"timeout": PATIENCE, **more}
-    store = settings.pop("store", None) or LateFiles(folder / "late")
-    late = LateAnswers(store, settings.pop("push", None))
+    late_settings = {key: settings.pop(key) for key in ("push", "drop") if key in settings}
+    late = LateAnswers(LateFiles(folder / "late"), **late_settings)
     return ReplyOnce(journal, late, write, WAIT.decode(), **settings)
 
 
@@ -95,7 +95,7 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
 
 def files(folder: Path) -> set[str]:
     paths = {path for path in folder.rglob("*") if path.is_file()}
-    return {path.name for path in paths if path.name != ".marks"}
+    return {path.name for path in paths}
 
 
 def late_answers(folder: Path) -> int:
@@ -272,7 +272,7 @@ def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> N
 
 
 def test_dropped_is_dropped(folder: Path) -> None:
-    once, bot = make(folder, store=NothingLate()), Counted(b"late", seconds=4 * PATIENCE)
+    once, bot = make(folder, drop=True), Counted(b"late", seconds=4 * PATIENCE)
     assert send(once, message(1), bot)[-1] == WAIT
     assert once.answer(message(2), Counted(b"other")) == b"other"
 
@@ -723,7 +723,7 @@ def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder
 
 def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: Path) -> None:
     sleeper, owner = Journal(folder), Journal(folder, remember=0.2)
-    assert sleeper.claim("first").mine
+    assert sleeper.claim("first").is_mine
     for _ in range(2):
         turn(folder, journals(folder)[0])
     numbers = itertools.count()
@@ -732,12 +732,12 @@ def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: P
         """Return the message after which the file was turned."""
         while True:
             name, before = f"another{next(numbers)}", files(folder)
-            assert owner.claim(name).mine
+            assert owner.claim(name).is_mine
             if any(path.startswith("journal") for path in files(folder) - before):
                 return name
 
     name = came()
-    assert not sleeper.claim(name).mine
+    assert not sleeper.claim(name).is_mine
 
 
 def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
@@ -747,10 +747,10 @@ def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
     old.claim("first")
     turn(folder, journals(folder)[0])
     late = Journal(folder)
-    numbers = late._numbers
-    monkeypatch.setattr(late, "_numbers", lambda: [1, *numbers()])  # as listed before
-    assert old.claim("a").mine
-    assert not late.claim("a").mine
+    sweep = late._sweep
+    monkeypatch.setattr(late, "_sweep", lambda: [1, *sweep()])  # as listed before
+    assert old.claim("a").is_mine
+    assert not late.claim("a").is_mine
     assert not (folder / "journal.1").exists()
 
 
@@ -974,5 +974,5 @@ def test_files_are_private_and_small(folder: Path) -> None:
     make(folder).answer(message(), Counted(b"x" * 500, b"y"))
     for path in folder.rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
-        assert path.stat().st_size < 750 or path.is_dir() or path.name == ".marks"
+        assert path.stat().st_size < 750 or path.is_dir()
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from wechat.answers import Answers, ErrorLog, State, Waiters
-from wechat.late import LateAnswers, LateFiles, LateStore, NothingLate, max_pushes
+from wechat.late import LateAnswers, LateFiles, LateStore, Waiting, max_pushes
 from wechat.message import from_xml
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ class _Try(NamedTuple):
     first_at: float  # the same by time.monotonic()
     arrived_at: float  # of this try, by time.monotonic()
     is_last: bool
+    answer_until: float  # by time.monotonic(): a later answer may not reach WeChat
 
-    def is_heard(self, timeout: float) -> bool:
+    def is_heard(self) -> bool:
         """Tell whether an answer that is returned now reaches WeChat.
 
         The last try gets it as late as the notice that it would get instead.
         """
-        waited = time.monotonic() - self.arrived_at
-        return (waited < ANSWER_WITHIN * timeout or self.is_last) and not self.client_gone()
+        in_time = self.is_last or time.monotonic() < self.answer_until
+        return in_time and not self.client_gone()
 
     @property
     def is_event(self) -> bool:
@@ -129,39 +130,39 @@ class ReplyOnce:
         now = time.monotonic()
         first, seen = now - state.age, self._clock() - state.age
         is_last = state.tries >= TRIES or state.age >= LAST_TRY_AGE * self._timeout
-        this = _Try(message, run, client_gone, follower, name, seen, first, now, is_last)
-        return self._run(this) if state.mine and state.tries == 1 else self._wait(this, state)
+        until = now + ANSWER_WITHIN * self._timeout
+        this = _Try(message, run, client_gone, follower, name, seen, first, now, is_last, until)
+        return self._run(this) if state.is_mine and state.tries == 1 else self._wait(this, state)
 
     def _wait(self, this: _Try, state: State) -> bytes | None:
         """Wait for the answer; become the owner if the owner process died."""
         until = this.arrived_at + self._timeout
-        if this.is_last:  # which may have waited for its thread: WeChat hangs up earlier, then
+        if this.is_last:  # it may have waited for a thread: then WeChat hangs up earlier
             until = min(
                 this.arrived_at + ANSWER_WITHIN * self._timeout,
                 this.first_at + (TRIES - 1 + ANSWER_WITHIN) * self._timeout,
             )
-        if self._typing and not state.mine and state.answer is None:
+        if self._typing and not state.is_mine and state.answer is None:
             _start(Thread(target=self._typing, args=(this.message["FromUserName"],)))
         while True:
             if state.told_to_wait:
                 return self._notice(this)
             if state.answer is not None:
-                heard = this.is_heard(self._timeout)
-                return self._give_first(this, state.answer) if heard else None
+                return self._give_first(this, state.answer) if this.is_heard() else None
             # The last try runs reply() in another thread, so that this one can tell to wait.
-            if state.mine and not (this.is_last and self._run_beside(this)):
+            if state.is_mine and not (this.is_last and self._run_in_thread(this)):
                 return self._run(this, inherited=True)
             if this.client_gone():
                 return None
             left = until - time.monotonic()
             if left <= 0:
                 return self._tell_to_wait(this, state) if this.is_last else None
-            state = state._replace(mine=False)
+            state = state._replace(is_mine=False)
             with self._log.caught("a try waits for an answer that cannot be read"):
                 self._waiters.wait(this.name, min(left, self._timeout / 5))
-                state = self._answers.look(this.name)
+                state = self._answers.poll(this.name)
 
-    def _run_beside(self, this: _Try) -> bool:
+    def _run_in_thread(self, this: _Try) -> bool:
         unheard = this._replace(client_gone=lambda: True)
         return _start(Thread(target=self._run, args=(unheard,), kwargs={"inherited": True}))
 
@@ -170,24 +171,21 @@ class ReplyOnce:
         if inherited and (parts := self._late.find(this.follower, this.name)):
             # The owner process died with its answer ready.
             return self._finish(this, lambda _late: parts)
-        has_waited, given = False, list[bytes | None]()
-
-        def give(part: bytes) -> None:
-            given.append(self._finish(this, lambda _late: [part]))
-
+        has_waited, waiting = False, Waiting.NOTHING
         while not this.is_event:
             # A follower who was told to wait and writes again asks for that answer.
-            ready, alive, dead = self._late.count(this.follower, self._answers.is_alive)
-            if ready and self._late.give_next(this.follower, give):
-                return given[0]
-            if has_waited and not alive and not dead:  # another message got the answer
-                return self._finish(this, lambda _late: [])
-            if not alive:
+            waiting = self._late.waiting(this.follower, self._answers.is_alive)
+            if waiting < Waiting.PENDING:
                 break
+            with self._late.next_part(this.follower) as part:
+                if part is not None:
+                    return self._finish(this, lambda _late: [part])
             if time.monotonic() > this.first_at + REPEAT_NOTICE_AT * self._timeout:
                 return self._finish(this, lambda late: [] if late else [self._notice(this)])
             has_waited = True
             time.sleep(self._timeout / 25)
+        if has_waited and waiting == Waiting.NOTHING:  # the follower got it by another way
+            return self._finish(this, lambda _late: [])
         return self._finish(this, partial(self._write, this.message, this.run()))
 
     def _finish(self, this: _Try, write: Callable[[bool], Parts]) -> bytes | None:
@@ -195,36 +193,36 @@ class ReplyOnce:
 
         It is kept before it is saved, so that a worker that is killed here loses nothing.
         """
-        heard = this.is_heard(self._timeout)
+        heard = this.is_heard()
         parts = write(False)
         late_parts = parts if heard else write(True)
         free_at, told_to_wait = this.seen + WINDOW * self._timeout, False
         if not heard or len(parts) > 1:
-            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
+            self._late.save(this.follower, this.name, late_parts, this.seen, free_at)
         try:
             self._answers.save(this.name, _first(parts))
             if time.monotonic() > this.first_at + ANSWER_WITHIN * self._timeout:  # not before
-                told_to_wait = self._answers.look(this.name).told_to_wait
+                told_to_wait = self._answers.poll(this.name).told_to_wait
         except OSError as error:
             self._log("another try of this message may get no answer", error)
         self._waiters.wake(this.name)
         if told_to_wait:  # by a try that came later: WeChat has given up this one
             heard, free_at = False, 0.0
-            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
+            self._late.save(this.follower, this.name, late_parts, this.seen, free_at)
         if not heard:
-            self._late.push_later(this.follower, this.message, free_at)
+            self._late.push_soon(this.follower, this.message, free_at)
             return None
         return self._give_first(this, _first(parts)) if len(parts) > 1 else _first(parts)
 
     def _give_first(self, this: _Try, answer: bytes) -> bytes:
         """Return the answer to a try. What comes after its first part is late from now on."""
-        self._late.give_first(this.follower, this.name)
-        self._late.push_later(this.follower, this.message, free_at=0.0)
+        self._late.remove_first(this.follower, this.name)
+        self._late.push_soon(this.follower, this.message, free_at=0.0)
         return answer
 
     def _tell_to_wait(self, this: _Try, state: State) -> bytes | None:
         """Tell the follower to wait, unless the answer comes at this very moment."""
-        self._late.put_pending(this.follower, this.name, state.owner)
+        self._late.mark_pending(this.follower, this.name, state.owner)
         with self._log.caught("a late answer may be lost"):
             state = self._answers.tell_to_wait(this.name)
         if state.answer is None or state.told_to_wait:
@@ -271,13 +269,11 @@ def from_config(
         from wechat import journal
 
         answers, store = journal.answers(config), LateFiles(config.state_dir / "late")
-    if config.late == "drop":
-        store = NothingLate()
 
     def write_parts(message: Message, reply: Any, is_late: bool) -> Parts:
         return write(message, reply, _signs(config.late, message, is_late), is_late)
 
-    late = LateAnswers(store, push, clock)
+    late = LateAnswers(store, push, clock, drop=config.late == "drop")
     return ReplyOnce(answers, late, write_parts, config.late_text, typing=typing, clock=clock)
 
 

@@ -255,7 +255,7 @@ class RedisAnswers:
         ConfigError: the URL cannot be used.
     """
 
-    poll = LOOK
+    poll_interval = LOOK
 
     def __init__(self, url: str, appid: str) -> None:
         self._redis, self._prefix = _Redis(url), f"wxserver:{appid}"
@@ -269,8 +269,8 @@ class RedisAnswers:
             fields, age = self._ask(name, ask)
         return self._state(key, fields, age, mine)
 
-    def look(self, name: str) -> State:
-        """Look again. The caller owns the message if its owner process died without an answer."""
+    def poll(self, name: str) -> State:
+        """Read again. The caller owns the message if its owner process died without an answer."""
         key = self._key(name)
         with self._pipeline() as ask:
             fields, age = self._ask(name, ask.exists(f"{key}.lock"))
