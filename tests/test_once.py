@@ -26,7 +26,8 @@ from serving import until
 import wechat.late
 import wechat.once
 from wechat.journal import Journal
-from wechat.late import LateAnswers, LateFiles
+from wechat.late import LateAnswers
+from wechat.late_files import LateFiles
 from wechat.message import from_xml
 from wechat.once import ReplyOnce
 
@@ -536,6 +537,32 @@ def test_what_cannot_be_pushed_waits_for_the_next_message(
     assert push.done.wait(10)
     until(lambda: "errcode 48001" in caplog.text)
     assert once.answer(message(2), Counted(b"other")) == b"2"
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_message_that_comes_while_a_part_is_pushed_asks_for_the_answer(
+    folder: Path, is_refused: bool
+) -> None:
+    """It is no question: it gets the part if WeChat refuses the push, else nothing."""
+    pushing, go_on, other = Event(), Event(), Counted(b"other")
+
+    def push(_openid: str, _part: bytes) -> None:
+        pushing.set()
+        assert go_on.wait(10)
+        if is_refused:
+            raise RuntimeError("errcode 45047")
+
+    once = make(folder, push=push, timeout=5.0)
+    once.answer(message(1), Counted(b"1", b"2"))
+    assert pushing.wait(10)
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(once.answer, message(2), other)
+        until(lambda: claims(folder) == 2)
+        time.sleep(0.5)  # in which it would run as a question
+        go_on.set()
+        assert asked.result() == (b"2" if is_refused else b"")
+    assert once.answer(message(3), other) == b"other"
+    assert other.runs == 1
 
 
 def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:

@@ -21,12 +21,13 @@ from serving import until
 from test_once import PATIENCE, WAIT, Counted, event, message, send, write
 
 import token_store
+import wechat.journal
 import wechat.redis_store
 from token_store import TokenError, TokenStore
 from wechat.answers import Answers
 from wechat.config import Config
-from wechat.journal import Journal
-from wechat.late import LateAnswers, LateFiles, LateStore
+from wechat.late import LateAnswers, LateStore
+from wechat.late_files import LateFiles
 from wechat.once import ReplyOnce
 from wxsim.fake_api import FakeApi
 
@@ -90,11 +91,12 @@ BEGIN = """
 import os, sys, time
 import wechat.redis_store, wechat.journal, token_store, wechat.config
 from pathlib import Path
-from wechat.late import LateAnswers, LateFiles
+from wechat.late import LateAnswers
+from wechat.late_files import LateFiles
 from wechat.once import ReplyOnce
 config = wechat.config.load()
 if config.redis:
-    answers, store = wechat.redis_store.answers(config), wechat.redis_store.late(config)
+    answers, store = wechat.redis_store.stores(config)
 else:
     answers = wechat.journal.Journal(config.state_dir / "replies")
     store = LateFiles(config.state_dir.parent.parent / "late")
@@ -112,13 +114,12 @@ def ready():
 
 
 def answers(config: Config) -> Answers:
-    if config.redis:
-        return wechat.redis_store.answers(config)
-    return Journal(config.state_dir / "replies")
+    places = wechat.redis_store.stores if config.redis else wechat.journal.stores
+    return places(config)[0]
 
 
 def late_store(config: Config, folder: Path) -> LateStore:
-    return wechat.redis_store.late(config) if config.redis else LateFiles(folder / "late")
+    return wechat.redis_store.stores(config)[1] if config.redis else LateFiles(folder / "late")
 
 
 def go(processes: list[Any]) -> list[str]:

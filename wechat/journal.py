@@ -33,9 +33,10 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from wechat.answers import REMEMBER, State
+from wechat.answers import REMEMBER, Answers, State
 from wechat.config import Config, make_state_dir
-from wechat.late import locked_file
+from wechat.late import LateStore
+from wechat.late_files import LateFiles, locked_file
 
 PAGE = 4096  # bytes to read at first; new records seldom take more
 CHECK_INTERVAL = 1.0  # seconds between two looks at this process's own files
@@ -53,7 +54,7 @@ class _Message:
     seen: float  # Unix time of the first try
     tries: int = 0
     told_to_wait: bool = False
-    answer: tuple[int, int] | None = None  # its place in the file: offset, length
+    answer: tuple[int, int] | None = None  # its place in the file: length, offset
     unsaved: bytes | None = None  # an answer of this process that could not be written
 
 
@@ -67,9 +68,6 @@ class _File:
         self.path, self.fd = path, os.open(path, _FLAGS)
         # Other threads may still use the fd. It is closed when no thread has the object any more.
         weakref.finalize(self, os.close, self.fd).atexit = False
-
-    def mark_ended(self) -> None:
-        self.ended_at = self.ended_at or time.monotonic()
 
     def append(self, kind: bytes, name: bytes = b"", rest: bytes = b"") -> None:
         record = b"\0%b %b %b\2" % (kind, name, rest)
@@ -98,7 +96,7 @@ class _File:
         """End the file if it was removed or cut short: others may claim its messages elsewhere."""
         status = os.fstat(self.fd)
         if not status.st_nlink or status.st_size < self._read_to:
-            self.mark_ended()
+            self.ended_at = self.ended_at or time.monotonic()
 
     def _apply(self, kind: bytes, name: bytes, rest: bytes, offset: int) -> None:
         message = self.messages.get(name)
@@ -109,10 +107,10 @@ class _File:
             if message:
                 message.tries += 1
         elif kind == b"/" and not name:
-            self.mark_ended()
+            self.ended_at = self.ended_at or time.monotonic()
         elif message and message.answer is None:
             if kind == b"=":
-                message.answer = (offset, len(rest))
+                message.answer = (len(rest), offset)
             elif kind == b"!":
                 message.told_to_wait = True
             elif kind == b">":
@@ -133,14 +131,14 @@ class Journal:
     def __init__(self, folder: Path, remember: float = REMEMBER) -> None:
         self._folder, self._remember = str(folder), remember
         self._runs = itertools.count()
-        self._locks: dict[bytes, int] = {}  # fds of this process's files, by their names
         self._reset()
         _journals.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._files: list[_File] = []  # all but the last are ended
-        self._process = b""  # the name of this process's file
+        self._locks: dict[bytes, int] = {}  # fds of this process's files, by their names
+        self._process = b""  # the name of the last of them
         self._check_at = self._renew_at = 0.0  # by time.monotonic()
 
     def claim(self, name: str) -> State:
@@ -212,7 +210,6 @@ class Journal:
         """Close the parent's locks: a child that lives on must not keep the parent alive."""
         for fd in self._locks.values():
             os.close(fd)
-        self._locks = {}
         self._reset()
 
     def _state(self, file: _File, key: bytes, heir: bytes = b"") -> State:
@@ -224,12 +221,11 @@ class Journal:
             if not self.is_alive(dead.decode()):
                 file.append_and_read(b">", key, heir + b" " + dead)
         if message.answer:
-            offset, length = message.answer
-            answer = os.pread(file.fd, length, offset)
+            answer = os.pread(file.fd, *message.answer)
         is_mine = message.owner == heir and answer is None
         age = max(time.time() - message.seen, 0.0)
-        owner = message.owner.decode()
-        return State(message.tries, age, owner, is_mine, message.told_to_wait, answer)
+        tries, owner = message.tries, message.owner.decode()
+        return State(tries, age, owner, is_mine, message.told_to_wait, answer)
 
     def _new_owner(self) -> bytes:
         """Return a name for a run of ``reply()`` in this process."""
@@ -287,10 +283,10 @@ class Journal:
                     break
                 number = max([int(time.time() * 1000), *(number + 1 for number in numbers)])
                 os.close(os.open(self._path(number), _FLAGS | os.O_CREAT, 0o600))
+            now = time.monotonic()
             removed = [file for file in self._files if file not in files]
             for file in removed:
-                file.mark_ended()
-            now = time.monotonic()
+                file.ended_at = file.ended_at or now
             self._files = [
                 file for file in removed + files if now - (file.ended_at or now) < self._remember
             ]
@@ -302,7 +298,6 @@ class Journal:
 
     def _sweep(self) -> list[int]:
         """Remove old journals and the files of dead processes; return the journals' numbers."""
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)
         before, numbers = time.time() - self._remember, list[int]()
         for name in os.listdir(self._folder):
             kind, _, number = name.partition(".")
@@ -315,22 +310,22 @@ class Journal:
                     if is_locked and os.stat(path).st_mtime < before:
                         os.unlink(path)
         numbers.sort()
-        # A file was ended when the next one was made. Its own times don't tell: a write that fails
-        # for lack of room changes them.
+        # A file's mtime is no measure: a write that fails for lack of room changes it.
         while len(numbers) > 1 and numbers[1] < before * 1000:
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 os.unlink(self._path(numbers.pop(0)))
         return numbers
 
 
-def answers(config: Config) -> Journal:
-    """Return the journal of the account of config.ini.
+def stores(config: Config) -> tuple[Answers, LateStore]:
+    """Return where the account of config.ini keeps messages and late answers.
 
     Raises:
         ConfigError: ``state_dir`` cannot be made.
     """
     make_state_dir(config)
-    return Journal((config.runtime_dir or config.state_dir) / "replies")
+    folder = config.runtime_dir or config.state_dir
+    return Journal(folder / "replies"), LateFiles(config.state_dir / "late")
 
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()

@@ -1,8 +1,8 @@
 """Late answers: what a follower did not get in time waits for the follower's next message.
 
-``LateAnswers`` has the rules. A ``LateStore`` keeps the entries: ``LateFiles`` here for one
-machine, ``redis_store`` for several. Each message that is answered late has an entry. The entry
-begins with a line, KIND OWNER SEEN FREE_AT GIVEN, of this KIND:
+``LateAnswers`` has the rules. A ``LateStore`` keeps the entries: ``late_files`` for one machine,
+``redis_store`` for several. Each message that is answered late has an entry. The entry begins with
+a line, KIND OWNER SEEN FREE_AT GIVEN, of this KIND:
 
     pending   the follower was told to wait, and OWNER runs ``reply()``
     dropped   the same, but the follower has left since: the answer is not wanted
@@ -16,24 +16,22 @@ the answer that were not given yet, divided by SOH, a character that XML cannot 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from wechat.answers import ErrorLog
 
 KEEP_LATE = 48 * 3600.0  # seconds: as long as WeChat lets an account write to a follower
 PENDING_FOR = 3600.0  # seconds that the follower's messages ask for a pending answer at most
-SWEEP_INTERVAL = 600.0  # seconds
 PUSH_DELAY = 1.0  # seconds, so that what is pushed comes after the answer itself
+MAX_PARTS = 10  # messages that a long text may go on in
+# The sign at the end of a text that goes on: by itself, or with the follower's next message.
+PUSHED_SIGN, NEXT_SIGN = "…（未完）", "…（未完，发送任意消息继续）"
 MAY_BE_LOST = "a late answer may be lost"
 MAY_BE_GIVEN_TWICE = "a late answer may be given twice"
 
@@ -115,6 +113,15 @@ class LateAnswers:
         self._store, self._push, self._clock, self._drop = store, push, clock, drop
         self._log = ErrorLog(clock)
 
+    def signs(self, message: dict[str, Any], is_late: bool) -> list[str]:
+        """Return the signs at the end of the parts of a long text; none: it has one part."""
+        if self._drop:
+            return []
+        pushed = 0
+        if self._push:
+            pushed = max_pushes(message) - is_late  # the first part of a late answer is pushed too
+        return [PUSHED_SIGN] * pushed + [NEXT_SIGN] * (MAX_PARTS - 1 - pushed)
+
     def mark_pending(self, follower: str, name: str, owner: str) -> None:
         """Note that the follower was told to wait, unless the answer is here already."""
         entry = Entry("pending", owner, self._clock())
@@ -165,18 +172,19 @@ class LateAnswers:
 
     def waiting(self, follower: str, is_alive: Callable[[str], bool]) -> Waiting:
         """Tell what waits for a follower's next message, and forget what is lost."""
-        found = Waiting.NOTHING
-        with self._log.caught(MAY_BE_LOST):
+        found, now = Waiting.NOTHING, self._clock()
+        try:
             for name, entry in self._entries(follower).items():
-                if entry.kind == "answer" and entry.free_at <= self._clock():
+                if entry.kind == "answer" and entry.free_at <= now:
                     found = max(found, Waiting.FREE)
                 elif entry.kind == "pending":
-                    is_young = self._clock() - entry.seen < PENDING_FOR
-                    if is_young and is_alive(entry.owner):
+                    if now - entry.seen < PENDING_FOR and is_alive(entry.owner):
                         found = max(found, Waiting.PENDING)
                     else:
                         found = max(found, Waiting.LOST)
                         self._store.remove(follower, name)
+        except OSError as error:
+            self._log(MAY_BE_LOST, error)
         return found
 
     @contextlib.contextmanager
@@ -247,94 +255,3 @@ class LateAnswers:
 def max_pushes(message: dict[str, Any]) -> int:
     """Return how many 客服消息 WeChat takes after a message or an event."""
     return 3 if message.get("MsgType") == "event" else 5
-
-
-class LateFiles:
-    """Late answers in files: a folder for each follower, in it a file for each message.
-
-    A file is written beside its place and renamed, so it is always whole.
-
-    Args:
-        folder: for the folders; on a local disk, not in memory: it has to survive a reboot.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._sweep_at = str(folder), 0.0
-        self._writes = itertools.count()
-
-    def read(self, follower: str) -> dict[str, bytes]:
-        """Return the entries of a follower."""
-        if time.monotonic() > self._sweep_at:
-            self._sweep()
-        folder, entries = f"{self._folder}/{follower}", {}
-        with contextlib.suppress(FileNotFoundError):  # as for nearly all followers
-            for name in os.listdir(folder):
-                with contextlib.suppress(FileNotFoundError):  # another process removed it
-                    if not name.startswith("."):
-                        entries[name] = Path(f"{folder}/{name}").read_bytes()
-        return entries
-
-    def write(self, follower: str, name: str, entry: bytes, replace: bool = True) -> None:
-        """Write an entry; if it may not ``replace``, one that is there stays."""
-        folder = f"{self._folder}/{follower}"
-        new, fd = f"{folder}/.{name}.{os.getpid()}.{next(self._writes)}", -1
-        while fd < 0:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process removed the folder
-                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            with open(fd, "wb") as file:
-                file.write(entry)
-            with contextlib.suppress(FileExistsError):
-                (os.replace if replace else os.link)(new, f"{folder}/{name}")
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(new)
-
-    def remove(self, follower: str, name: str) -> None:
-        """Remove an entry if it is there, and the folder if it is empty then."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._folder}/{follower}/{name}")
-        with contextlib.suppress(OSError):
-            os.rmdir(f"{self._folder}/{follower}")
-
-    @contextlib.contextmanager
-    def lock(self, follower: str, name: str) -> Iterator[bool]:
-        """Lock an entry until the block ends or the process dies; False: it is locked already."""
-        with locked_file(f"{self._folder}/{follower}/{name}") as is_locked:
-            yield bool(is_locked)
-
-    def _sweep(self) -> None:
-        """Remove what is older than ``KEEP_LATE``."""
-        self._sweep_at = time.monotonic() + SWEEP_INTERVAL
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        for folder in Path(self._folder).iterdir():
-            with contextlib.suppress(OSError):  # another process was quicker, or it is no folder
-                for path in folder.iterdir():
-                    if path.stat().st_mtime < time.time() - KEEP_LATE:
-                        path.unlink()
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked_file(path: str) -> Iterator[bool | None]:
-    """Hold the flock of a file until the block ends or the process dies.
-
-    Yields False if another thread or process holds it, None if there is no such file.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Without a link it was removed or replaced meanwhile.
-            is_locked = True if os.fstat(fd).st_nlink else None
-        except BlockingIOError:
-            is_locked = False
-        yield is_locked
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a forked child lives
-        os.close(fd)

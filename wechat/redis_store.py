@@ -29,9 +29,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import token_store
 from token_store import LONGEST_WAIT, TokenStore
-from wechat.answers import REMEMBER, State
+from wechat.answers import REMEMBER, Answers, State
 from wechat.config import ConfigError
-from wechat.late import KEEP_LATE
+from wechat.late import KEEP_LATE, LateStore
 
 try:
     import redis
@@ -391,22 +391,13 @@ class RedisLate:
                 self._redis.unlock(key, lock)
 
 
-def answers(config: Config) -> RedisAnswers:
-    """Return the answers of the account of config.ini.
+def stores(config: Config) -> tuple[Answers, LateStore]:
+    """Return where the account of config.ini keeps messages and late answers.
 
     Raises:
         ConfigError: the URL cannot be used.
     """
-    return RedisAnswers(config.redis, config.appid)
-
-
-def late(config: Config) -> RedisLate:
-    """Return where the account of config.ini keeps late answers.
-
-    Raises:
-        ConfigError: the URL cannot be used.
-    """
-    return RedisLate(config.redis, config.appid)
+    return RedisAnswers(config.redis, config.appid), RedisLate(config.redis, config.appid)
 
 
 def check(config: Config) -> None:
