@@ -5,7 +5,7 @@ thread, process or machine. The first one claims the message and runs ``reply()`
 for the answer. If the owner process dies, one of them runs ``reply()`` again. An answer that no
 try can take any more is late: it waits for the follower's next message.
 
-Source of the rules: the platform's 接收普通消息 (when WeChat sends again, what tells messages apart).
+Source: the platform's 接收普通消息 (when WeChat sends again, and what tells messages apart).
 """
 
 from __future__ import annotations
