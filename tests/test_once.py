@@ -912,6 +912,24 @@ def test_a_disk_that_its_own_files_filled_heals_without_a_restart(folder: Path) 
         until(is_remembered)
 
 
+def test_old_late_answers_make_room_though_no_message_can_be_remembered(folder: Path) -> None:
+    make(folder).answer(message(1), Counted(b"1", b"2"))
+    [late] = folder.glob("late/*/*")
+    old = time.time() - wechat.late.KEEP_LATE - 60
+    os.utime(late, (old, old))
+    (folder / "file").write_text("no folder")
+    once, other = once_with(Journal(folder / "file"), folder), Counted(b"other")
+    assert once.answer(message(2), other) == b"other"
+    assert files(folder / "late") == set()
+
+
+def test_what_waits_is_given_though_no_message_can_be_remembered(folder: Path) -> None:
+    make(folder).answer(message(1), Counted(b"1", b"2"))
+    (folder / "file").write_text("no folder")
+    once, other = once_with(Journal(folder / "file"), folder), Counted(b"other")
+    assert [once.answer(message(n), other) for n in (2, 3)] == [b"2", b"other"]
+
+
 def test_a_failed_write_of_an_answer_touches_its_message_alone(folder: Path) -> None:
     once, other, go_on = make(folder, timeout=5.0), make(folder, timeout=0.1), Event()
     failed, running, again = Counted(b"failed"), Event(), Counted(b"again")
