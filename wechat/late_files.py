@@ -34,14 +34,13 @@ class LateFiles:
         if time.monotonic() > self._sweep_at:
             self._sweep()
         folder, entries = f"{self._folder}/{follower}", dict[str, bytes]()
-        try:
-            names = os.listdir(folder)
-        except FileNotFoundError:  # as for nearly all followers
+        if not os.access(folder, os.F_OK):  # as for nearly all followers
             return entries
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another process removed it
-                if not name.startswith("."):
-                    entries[name] = Path(f"{folder}/{name}").read_bytes()
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            for name in os.listdir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.startswith("."):
+                        entries[name] = Path(f"{folder}/{name}").read_bytes()
         return entries
 
     def write(self, follower: str, name: str, entry: bytes, replace: bool = True) -> None:
