@@ -41,6 +41,7 @@ bench: .venv/dev
 	$(bin)/python bench/bench.py
 	$(bin)/python bench/stores.py
 	$(bin)/python bench/followers.py
+	$(bin)/python bench/strangers.py
 
 soak: .venv/dev
 	$(bin)/python bench/soak.py

@@ -6,7 +6,6 @@ GUNICORN_CMD_ARGS and the command line win over this file; WEB_CONCURRENCY is th
 import logging
 import os
 import sys
-from typing import Any
 
 # Two workers, so that one may die or be busy. Threads, because a reply() may wait for seconds
 # on a database or another API. A slow reply holds two of them: one runs it, and one has WeChat's
@@ -54,18 +53,23 @@ def _without_request(record: logging.LogRecord) -> bool:
 logging.getLogger("gunicorn.error").filters = [_without_request]  # and no second one on a reload
 
 
-def on_starting(_server: Any) -> None:
-    """Let a wrong config.ini stop the start with one line, before there is a worker."""
+def _check_config() -> None:
+    """Let a wrong config.ini stop the start and ``gunicorn --check-config`` with one line."""
     import wechat.config
-    import wechat.crypto
+    from wechat import crypto
 
     try:
         config = wechat.config.load()
-        wechat.crypto.from_config(config)
+        crypto.from_config(config)
         wechat.config.callback_token(config)
         if config.redis:
-            import wechat.redis_store
+            from wechat import redis_store
 
-            wechat.redis_store.check(config)
+            redis_store.check(config)
     except wechat.config.ConfigError as error:
         sys.exit(f"wxserver: {error}")
+
+
+# gunicorn reads this file before it looks for modules in its folder.
+sys.path.insert(0, os.path.dirname(__file__))
+_check_config()

@@ -8,37 +8,41 @@ from __future__ import annotations
 
 import logging
 import re
-import select
-import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cache, partial
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 import reply
-import wechat.config
-import wechat.crypto
 import wechat.message
-from wechat.config import Config, ConfigError
+from wechat import crypto
+from wechat.config import CENTRAL_PATHS, Config, ConfigError, callback_token, load
 from wechat.crypto import DecryptError
-from wechat.message import Message, MessageError, Reply
+from wechat.http import (
+    BAD_REQUEST,
+    FORBIDDEN,
+    METHOD_NOT_ALLOWED,
+    NOT_FOUND,
+    OK,
+    TEXT,
+    UNAVAILABLE,
+    ClientGone,
+    Headers,
+    Refused,
+    Response,
+    as_wsgi,
+    client_gone,
+    read_body,
+)
+from wechat.message import Message, MessageError, Reply, check, from_xml, to_xml
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    application: WSGIApplication
-
 log = logging.getLogger("wxserver")
-
-OK = "200 OK"
-BAD_REQUEST = "400 Bad Request"
-FORBIDDEN = "403 Forbidden"
-NOT_FOUND = "404 Not Found"
-UNAVAILABLE = "503 Service Unavailable"
-METHOD_NOT_ALLOWED = "405 Method Not Allowed"
-CONTENT_TOO_LARGE = "413 Content Too Large"
 
 # The parameters of a query that are used, and what they look like.
 _HEX = re.compile("[0-9a-f]{40}")
@@ -50,29 +54,23 @@ _PARAMETERS = {
     "echostr": re.compile("[\x00-\xff]{1,1024}"),  # any bytes, as latin-1
 }
 MAX_PARAMETERS = 50  # WeChat sends six
-_METHODS = ("GET", "POST")
-_STATUS = {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN}
 
-# What poll() says of a client that has hung up. Linux tells of it while data is still unread.
-_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-TCP_ESTABLISHED = 1  # the state of a connection that neither side has closed, in Linux's TCP_INFO
-
-Headers: TypeAlias = list[tuple[str, str]]
-Response: TypeAlias = tuple[str, Headers, bytes]  # the status, headers and body
-_TEXT: Headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 _XML: Headers = [("Content-Type", "application/xml")]
 
 
-class Refused(Exception):
-    """A request goes no further: the status to answer and, for the log alone, the reason."""
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """The WSGI callable for config.ini, which is read at the first call."""
+    with _first_call:
+        configured = _configured()
+    return configured(environ, start_response)
 
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+
+_first_call = threading.Lock()
 
 
-class ClientGone(Refused):
-    """The client hung up: nobody reads what it is answered."""
+@cache
+def _configured() -> WSGIApplication:
+    return create_application(load())
 
 
 def create_application(
@@ -91,7 +89,7 @@ def create_application(
         ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
             ``encryption`` or Redis needs a package that is not installed.
     """
-    cipher, token = wechat.crypto.from_config(config), wechat.config.callback_token(config)
+    cipher, token = crypto.from_config(config), callback_token(config)
     answer = _answerer(config, reply, clock)
 
     def respond(environ: WSGIEnvironment) -> Response:
@@ -100,92 +98,67 @@ def create_application(
         check_signature = partial(_check_signature, query, token, clock(), config.max_age)
         if method == "GET":
             check_signature("signature")
-            return OK, _TEXT, _parameter(query, "echostr").encode("latin-1")
+            return OK, TEXT, _parameter(query, "echostr").encode("latin-1")
 
         message_cipher = cipher if query.get("encrypt_type") == "aes" else None
         if message_cipher:
             _parameter(query, "msg_signature")  # before the body is read
-            encrypt = wechat.crypto.find_encrypt(_body(environ, config.max_body))
+            encrypt = crypto.find_encrypt(read_body(environ, config.max_body))
             check_signature("msg_signature", encrypt)
             xml = message_cipher.decrypt(encrypt)
         elif config.encryption == "safe":
             raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")
         else:
             check_signature("signature")
-            xml = _body(environ, config.max_body)
+            xml = read_body(environ, config.max_body)
 
-        message = wechat.message.from_xml(xml)
-        wechat.message.check(message)
+        message = from_xml(xml)
+        check(message)
         xml = answer(message, environ)
         if not xml:
-            return OK, _TEXT, b"success"  # no reply; it is never encrypted
+            return OK, TEXT, b"success"  # no reply; it is never encrypted
         if message_cipher:
             encrypt = message_cipher.encrypt(xml)
-            xml = wechat.message.to_xml(
-                wechat.crypto.envelope(encrypt, token, query["nonce"], clock())
-            )
+            xml = to_xml(crypto.envelope(encrypt, token, query["nonce"], clock()))
         return OK, _XML, xml
 
-    application = _wsgi(respond)
-    return _with_central(application, config) if config.central else application
-
-
-def _wsgi(respond: Callable[[WSGIEnvironment], Response]) -> WSGIApplication:
-    """Make a WSGI callable of ``respond``; every refusal becomes an HTTP answer here."""
-
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        try:
-            status, headers, body = respond(environ)
-        except (Refused, MessageError, DecryptError) as error:
-            status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
-            headers, body = _TEXT, f"{status}\n".encode()
-            if status == METHOD_NOT_ALLOWED:
-                headers = [*_TEXT, ("Allow", ", ".join(_METHODS))]
-            level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
-            log.log(level, "%s: %s", status, error)
-        start_response(status, [*headers, ("Content-Length", str(len(body)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    return application
+    callback = as_wsgi(respond, {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN})
+    return _with_central(callback, config) if config.central else callback
 
 
 def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
     """Send the requests for the access_token to wechat/central.py."""
-    import wechat.central
+    from wechat import central
 
-    service = wechat.central.from_config(config)
+    service = central.from_config(config)
 
     def respond(environ: WSGIEnvironment) -> Response:
-        return service.answer(environ, partial(_body, environ, config.max_body))
+        return service.answer(environ, partial(read_body, environ, config.max_body))
 
-    central = _wsgi(respond)
+    token_service = as_wsgi(respond)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        is_central = environ.get("PATH_INFO") in wechat.config.CENTRAL_PATHS
-        return (central if is_central else callback)(environ, start_response)
+        is_central = environ.get("PATH_INFO") in CENTRAL_PATHS
+        return (token_service if is_central else callback)(environ, start_response)
 
     return application
 
 
 def _route(environ: WSGIEnvironment, path: str) -> str:
-    if environ.get("PATH_INFO") != path:
-        asked = environ.get("PATH_INFO", "")[:80]
-        raise Refused(NOT_FOUND, f"{asked!r} was asked for; the callback is at {path!r}")
-    method: str = environ["REQUEST_METHOD"]
-    if method not in _METHODS:
-        raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}")
+    """Return the method of a request for the callback."""
+    asked, method = environ.get("PATH_INFO", ""), str(environ["REQUEST_METHOD"])
+    if asked != path:
+        raise Refused(NOT_FOUND, f"{asked[:80]!r} was asked for; the callback is at {path!r}")
+    if method not in ("GET", "POST"):
+        raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}", [("Allow", "GET, POST")])
     return method
 
 
 def _query(environ: WSGIEnvironment) -> dict[str, str]:
     """Return the parameters, none of which may be repeated."""
+    text = environ.get("QUERY_STRING", "")
     try:
-        pairs = parse_qsl(
-            environ.get("QUERY_STRING", ""),
-            keep_blank_values=True,
-            encoding="latin-1",
-            max_num_fields=MAX_PARAMETERS,
-        )
+        pairs = parse_qsl(text, True, encoding="latin-1", max_num_fields=MAX_PARAMETERS)
     except ValueError:
         raise Refused(BAD_REQUEST, f"more than {MAX_PARAMETERS} parameters") from None
     query = dict(pairs)
@@ -226,34 +199,13 @@ def _check_signature(
         )
 
 
-def _body(environ: WSGIEnvironment, max_body: int) -> bytes:
-    length = environ.get("CONTENT_LENGTH", "")
-    if length:
-        if not (length.isascii() and length.isdigit() and len(length) <= 18):
-            raise Refused(BAD_REQUEST, "Content-Length is no number")
-        size = int(length)
-        if size > max_body:
-            raise Refused(CONTENT_TOO_LARGE, f"a body of {size} bytes; max_body is {max_body}")
-    else:  # the server must say that a read ends with the body, as gunicorn does of a chunked one
-        size = max_body + 1 if environ.get("wsgi.input_terminated") else 0
-    try:
-        body: bytes = environ["wsgi.input"].read(size)
-    except OSError as error:
-        raise Refused(BAD_REQUEST, f"the body broke off: {type(error).__name__}") from None
-    if len(body) > max_body:
-        raise Refused(CONTENT_TOO_LARGE, f"a body of more than max_body, {max_body} bytes")
-    if length and len(body) < size:
-        raise Refused(BAD_REQUEST, f"only {len(body)} bytes came of a body of {size}")
-    return body
-
-
 def _answerer(
     config: Config, reply: Callable[[Message], Reply], clock: Callable[[], float]
 ) -> Callable[[Message, WSGIEnvironment], bytes]:
     """Return what makes the XML of the answer to a message, empty for none.
 
-    It raises Refused when ``reply()`` outlasts WeChat's patience, so that WeChat asks again, and
-    ClientGone when nobody waits for the answer.
+    It raises Refused when ``reply()`` takes longer than WeChat waits, so that WeChat sends the
+    message again, and ClientGone when nobody waits for the answer.
     """
 
     def write(
@@ -268,36 +220,19 @@ def _answerer(
         once = wechat.once.from_config(config, write, clock)
 
     def answer(message: Message, environ: WSGIEnvironment) -> bytes:
-        client_gone = partial(_client_gone, environ.get("gunicorn.socket"))
-        if client_gone():
+        if client_gone(environ):
             raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
         run = partial(_run, message, reply)
         if not once:
             return b"".join(write(message, run()))
-        xml = once.answer(message, run, client_gone)
-        if xml is None and client_gone():
+        xml = once.answer(message, run, partial(client_gone, environ))
+        if xml is not None:
+            return xml
+        if client_gone(environ):
             raise ClientGone(UNAVAILABLE, "the client hung up before its answer was there")
-        if xml is None:
-            raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
-        return xml
+        raise Refused(UNAVAILABLE, "reply() still runs; WeChat sends this once more")
 
     return answer
-
-
-def _client_gone(connection: socket.socket | None) -> bool:
-    """Tell whether the client has hung up, if the server shows the connection, as gunicorn does.
-
-    nginx hangs up here when WeChat does there. What waited for a thread for so long need not run:
-    nobody would read its answer, and WeChat has sent the message again.
-    """
-    if connection is None:
-        return False
-    try:  # On Linux, over TCP. Unlike poll() it does not make this thread wait for its next turn.
-        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED
-    except (AttributeError, OSError):
-        poll = select.poll()
-        poll.register(connection, _HANG_UP)
-        return bool(poll.poll(0))
 
 
 def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
@@ -320,14 +255,6 @@ def _write(
     except Exception:
         log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
-
-
-def __getattr__(name: str) -> Any:
-    """Make ``application`` when a server asks for it: importing this module needs no config."""
-    if name != "application":
-        raise AttributeError(f"module 'wxserver' has no attribute {name!r}")
-    globals()[name] = made = create_application(wechat.config.load())
-    return made
 
 
 def main() -> None:
@@ -354,13 +281,13 @@ def main() -> None:
     port = parser.parse_args().port
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        config = wechat.config.load()
+        config = load()
         if config.redis:
             from wechat import redis_store
 
             redis_store.check(config)
-        application = create_application(config)
-        with make_server("127.0.0.1", port, application, Server, Handler) as server:
+        callback = create_application(config)
+        with make_server("127.0.0.1", port, callback, Server, Handler) as server:
             log.info(
                 "Serving http://127.0.0.1:%d%s for a first look; end with Ctrl-C", port, config.path
             )

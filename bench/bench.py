@@ -110,7 +110,13 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    name: str, module: str, gunicorn: Path, path: str, folder: Path, redis: str = ""
+    name: str,
+    module: str,
+    gunicorn: Path,
+    path: str,
+    folder: Path,
+    redis: str = "",
+    max_body: int = Config.max_body,
 ) -> Iterator[Server]:
     """Run a gunicorn with the shipped settings on a free port."""
     with socket.socket() as probe:
@@ -122,7 +128,9 @@ def serve(
     once = f"state_dir = {folder / 'state'}\n[reply]\nonce = {'on' if name == ONCE else 'off'}\n"
     shared = f"[shared]\nredis = {redis}\n" if redis else ""
     key = f"appid = {APPID}\n" if redis else key
-    config.write_text(f"[wechat]\ntoken = {TOKEN}\n{key}[server]\n{once}{shared}")
+    config.write_text(
+        f"[wechat]\ntoken = {TOKEN}\n{key}[server]\nmax_body = {max_body}\n{once}{shared}"
+    )
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("WX", "GUNICORN", "WEB_"))}
     environ |= {"WX_TOKEN": TOKEN, "WXSERVER_CONFIG": str(config), "PYTHONPATH": path}
     arguments = [str(gunicorn), "-c", "gunicorn.conf.py", "-b", f"127.0.0.1:{port}", module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import APPID, KEY, NOW, ROOT, TOKEN, Run, message_xml, sealed, sig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import gunicorn
+from test_xml import FREE, body_of, typed_pieces, with_text
 from webtest import TestApp
 
 import wechat.crypto
@@ -47,7 +49,7 @@ def opened(body: bytes, token: str = TOKEN) -> dict[str, Any]:
 
 def compatible(plain: bytes, envelope: bytes) -> bytes:
     """Join the two as WeChat does in compatible mode: ToUserName once, the rest of both."""
-    return plain.replace(b"</xml>", envelope[envelope.index(b"<Encrypt>") :])
+    return plain.removesuffix(b"</xml>") + envelope[envelope.index(b"<Encrypt>") :]
 
 
 @pytest.mark.parametrize("encryption", ["safe", "compatible"])
@@ -285,3 +287,24 @@ def test_a_config_that_cannot_be_is_refused_when_it_is_made() -> None:
         Config(encryption="safe")
     with pytest.raises(ConfigError, match="encoding_aes_key: needs appid"):
         Config(encoding_aes_key=KEY)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_what_a_follower_typed_is_text_in_all_three_modes(data: st.DataObject) -> None:
+    message, path = data.draw(st.sampled_from(FREE))
+    encrypts = ["<Encrypt>", "</Encrypt>", f"]]></{path[-1]}><Encrypt><![CDATA[x]]></Encrypt>"]
+    pieces = st.sampled_from([*typed_pieces(path), *encrypts]) | st.text(max_size=5)
+    text = "".join(data.draw(st.lists(pieces, max_size=6))).replace("\r", "")
+    allowed = re.sub("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)
+    xml = body_of(with_text(message, path, text))
+    query, body = sealed(xml)
+    for encryption, sent in {
+        "plain": (signed(), xml),
+        "compatible": (query, compatible(xml, body)),
+        "safe": (query, body),
+    }.items():
+        seen: list[dict[str, Any]] = []
+        answer = make_app(encryption, seen.append).post(f"/wx?{sent[0]}", sent[1])
+        assert answer.body == b"success"
+        assert seen == [with_text(message, path, allowed.replace("]]]]><![CDATA[>", "]]>"))]

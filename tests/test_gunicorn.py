@@ -130,6 +130,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(server: Server) -> None
     assert server.token() == token
 
 
+CONF = str(ROOT / "gunicorn.conf.py")
+
 OWN_ENTRY_POINT = """
 import time
 import wechat.config
@@ -186,6 +188,17 @@ def test_a_wrong_config_stops_the_start_with_one_line(
     assert error in server.log
     assert "Traceback" not in server.log
     assert len([line for line in server.log.splitlines() if "INFO" not in line]) == 1
+
+
+def test_check_config_refuses_what_a_reload_would_not_survive(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.ini"
+    for text, status, errors in (("", 0, 0), ("[wechat]\ntokn = a\n", 1, 1)):
+        config.write_text(f"[server]\nstate_dir = {tmp_path / 'state'}\n{text}")
+        env = {"WXSERVER_CONFIG": str(config)}
+        process = run("-m", "gunicorn", "--check-config", "-c", CONF, "wxserver", env=env)
+        err = process.communicate(timeout=20)[1]
+        assert (process.returncode, err.count("unknown key")) == (status, errors)
+        assert "Traceback" not in err
 
 
 def test_it_stops_at_once_when_told_and_leaves_only_its_token(run: Run, tmp_path: Path) -> None:

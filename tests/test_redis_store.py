@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import APPID, APPSECRET, ROOT, TOKEN, Run, config_for, message_xml
-from serving import RedisServer, Server, gunicorn, until
+from serving import RedisServer, Server, free_port, gunicorn, until
 from test_once import WAIT, Counted, message, write
 
 import wechat.config
@@ -404,6 +404,9 @@ def test_a_lease_that_refuses_the_latest_token_gets_no_older_one(
     "url",
     [
         "redis://:pass/word@127.0.0.1:1",
+        "redis://:12/pass/word@h",
+        "redis://:12?password@h",
+        "redis://password@h",
         "redis://h:port",
         "redis://:pass#word@h",
         "redis://h:99999",
@@ -440,6 +443,16 @@ def test_a_password_is_used_and_a_wrong_one_is_named_without_being_shown() -> No
                 wechat.redis_store.check(wechat.config.Config(appid=APPID, redis=url))
             assert "wr0ng" not in str(caught.value)
             assert "\n" not in str(caught.value)
+    finally:
+        server.kill()
+
+
+def test_a_redis_cluster_is_refused_by_its_name(tmp_path: Path) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    server = RedisServer(*options, "--dir", str(tmp_path))
+    try:
+        with pytest.raises(ConfigError, match=r"\[shared\] redis: .* is part of a Redis Cluster"):
+            wechat.redis_store.check(wechat.config.Config(appid=APPID, redis=server.url))
     finally:
         server.kill()
 

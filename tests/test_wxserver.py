@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import time
+import urllib.request
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import NOW, TOKEN, message_xml, signed
+from conftest import NOW, TOKEN, Run, message_xml, signed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving import free_port, until
 from webtest import TestApp
 
-import wxserver
-from wechat.config import Config, ConfigError
+from wechat.config import Config
 from wechat.message import from_xml
 from wxserver import create_application
 
@@ -313,9 +315,26 @@ def test_errors_say_one_plain_line_and_nothing_secret(app: Any) -> None:
         assert answer.content_type == "text/plain"
 
 
-def test_importing_the_module_needs_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WXSERVER_CONFIG", "/does/not/exist.ini")
-    with pytest.raises(ConfigError, match="/does/not/exist"):
-        attrgetter("application")(wxserver)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        attrgetter("no_such_name")(wxserver)
+def test_importing_the_module_needs_no_config_and_the_first_call_reads_it(
+    run: Run, tmp_path: Path
+) -> None:
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    out, err = run("-c", "import wxserver; print(wxserver.application)", env=env).communicate()
+    assert (out[:12], err) == ("<function ap", "")
+    _, err = run("-c", "import wxserver; wxserver.application({}, print)", env=env).communicate()
+    assert f"ConfigError: {tmp_path / 'config.ini'}: No such file or directory" in err
+
+
+def test_waitress_serves_it_as_any_wsgi_server_does(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text(f"[wechat]\ntoken = {TOKEN}\n")
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    port = free_port()
+    run("-m", "waitress", "--listen", f"127.0.0.1:{port}", "wxserver:application", env=env)
+    url = f"http://127.0.0.1:{port}/wx?{signed(timestamp=int(time.time()), echostr='437512')}"
+
+    def echostr() -> bytes:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            return bytes(answer.read())
+        return b""
+
+    assert until(echostr) == b"437512"

@@ -16,6 +16,10 @@ HERE = Path(__file__).resolve().parent.parent  # where wxserver.py is
 STATE_DIR = HERE / "state"
 # Where wechat/central.py answers when [central] names a client; WeChat's own names.
 CENTRAL_PATHS = ("/cgi-bin/stable_token", "/cgi-bin/token")
+# Where an account's AppSecret and IP whitelist are since December 2025, and where its callback is.
+_CONSOLE = "developers.weixin.qq.com/platform → 我的业务 → 公众号/服务号 → 基础信息"
+KEYS_CONSOLE = f"{_CONSOLE} → 开发密钥"
+CALLBACK_CONSOLE = f"{_CONSOLE} → 域名与消息推送配置 (before: 设置与开发 → 基本配置 → 服务器配置)"
 log = logging.getLogger("wxserver")
 
 
@@ -312,9 +316,10 @@ def callback_token(config: Config) -> str:
                 os.fsync(fd)
                 log.warning(
                     "No [wechat] token is set, so a random one was made and kept in %s. In WeChat's"
-                    " console (设置与开发 → 基本配置 → 服务器配置) enter the public address of this"
-                    " server with the path %s as URL, and as Token: %s",
+                    " console (%s) enter the public address of this server with the path %s as URL,"
+                    " and as Token: %s",
                     path,
+                    CALLBACK_CONSOLE,
                     config.path,
                     token,
                 )

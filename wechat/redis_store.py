@@ -65,8 +65,12 @@ class _Redis:
 
     def __init__(self, url: str) -> None:
         try:
+            parts = urlsplit(url)
+            # Without this a piece of a password with / in it would be taken for a port or a path.
+            is_cut = "@" in url and "@" not in parts.netloc
+            is_nameless = parts.username and not parts.password
             # redis-py lets every option of the URL win over those below.
-            if not all(map(_OPTION.fullmatch, parse_qs(urlsplit(url).query))):
+            if is_cut or is_nameless or not all(map(_OPTION.fullmatch, parse_qs(parts.query))):
                 raise ValueError
             # No retries: they take their time, and a copy of a message must not count twice.
             self.client: Any = redis.Redis.from_url(
@@ -81,7 +85,8 @@ class _Redis:
         except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
             raise ConfigError(
                 "[shared] redis: no URL of a Redis, or with another option than db, username,"
-                " password and ssl_…; in a password / is written %2F, ? %3F, @ %40 and # %23"
+                " password and ssl_…; a password stands after a colon, redis://:PASSWORD@HOST, and"
+                " in it / is written %2F, ? %3F, @ %40 and # %23"
             ) from None
         self.where = f"Redis at {getattr(at, 'path', '') or f'{at.host}:{at.port}'}"
         self._failure, self._try_at = "", 0.0
@@ -401,7 +406,7 @@ def stores(config: Config) -> tuple[Answers, LateStore]:
 
 
 def check(config: Config) -> None:
-    """See at the start that Redis is there and can be written.
+    """See at the start that Redis is there, is no cluster, and can be written.
 
     Raises:
         ConfigError: it is not, or cannot.
@@ -409,6 +414,12 @@ def check(config: Config) -> None:
     link = _Redis(config.redis)
     try:
         with link.asked() as client:
+            with contextlib.suppress(redis.ResponseError):  # before Redis 6
+                if b"cluster" in client.execute_command("HELLO"):
+                    raise ConfigError(
+                        f"[shared] redis: {link.where} is part of a Redis Cluster, which keeps the"
+                        " keys of one message apart; a Redis that is no cluster is needed"
+                    )
             client.set(f"wxserver:{config.appid}:start", 1, ex=1)
     except OSError as error:
         raise ConfigError(f"[shared] redis: {error.filename}: {error.strerror}") from None
