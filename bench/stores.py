@@ -22,9 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import wechat.answers
 import wechat.api
-import wechat.journal
 import wechat.late
 import wechat.once
 from wechat.config import Config
@@ -63,15 +61,11 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 def once(config: Config) -> wechat.once.ReplyOnce:
     """Return what runs a message once, on one machine or with Redis."""
-    answers: wechat.answers.Answers
-    store: wechat.late.LateStore
     if config.redis:
-        from wechat import redis_store
-
-        answers, store = redis_store.answers(config), redis_store.late(config)
+        from wechat.redis_store import stores
     else:
-        answers = wechat.journal.Journal(config.state_dir / "replies")
-        store = wechat.late.LateFiles(config.state_dir / "late")
+        from wechat.journal import stores
+    answers, store = stores(config)
     late = wechat.late.LateAnswers(store)
     return wechat.once.ReplyOnce(answers, late, lambda _message, parts, _late: parts, "")
 

@@ -26,7 +26,8 @@ from serving import until
 import wechat.late
 import wechat.once
 from wechat.journal import Journal
-from wechat.late import LateAnswers, LateFiles, NothingLate
+from wechat.late import LateAnswers
+from wechat.late_files import LateFiles
 from wechat.message import from_xml
 from wechat.once import ReplyOnce
 
@@ -70,8 +71,8 @@ def write(message: Message, reply: Any, late: bool) -> list[bytes]:
 
 def once_with(journal: Journal, folder: Path, **more: Any) -> ReplyOnce:
     settings = {"timeout": PATIENCE, **more}
-    store = settings.pop("store", None) or LateFiles(folder / "late")
-    late = LateAnswers(store, settings.pop("push", None))
+    late_settings = {key: settings.pop(key) for key in ("push", "drop") if key in settings}
+    late = LateAnswers(LateFiles(folder / "late"), **late_settings)
     return ReplyOnce(journal, late, write, WAIT.decode(), **settings)
 
 
@@ -95,7 +96,7 @@ def send(once: ReplyOnce, sent: Message, run: Bot) -> list[bytes | None]:
 
 def files(folder: Path) -> set[str]:
     paths = {path for path in folder.rglob("*") if path.is_file()}
-    return {path.name for path in paths if path.name != ".marks"}
+    return {path.name for path in paths}
 
 
 def late_answers(folder: Path) -> int:
@@ -272,7 +273,7 @@ def test_a_copy_that_comes_after_the_last_word_hears_it_again(folder: Path) -> N
 
 
 def test_dropped_is_dropped(folder: Path) -> None:
-    once, bot = make(folder, store=NothingLate()), Counted(b"late", seconds=4 * PATIENCE)
+    once, bot = make(folder, drop=True), Counted(b"late", seconds=4 * PATIENCE)
     assert send(once, message(1), bot)[-1] == WAIT
     assert once.answer(message(2), Counted(b"other")) == b"other"
 
@@ -538,6 +539,32 @@ def test_what_cannot_be_pushed_waits_for_the_next_message(
     assert once.answer(message(2), Counted(b"other")) == b"2"
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_message_that_comes_while_a_part_is_pushed_asks_for_the_answer(
+    folder: Path, is_refused: bool
+) -> None:
+    """It is no question: it gets the part if WeChat refuses the push, else nothing."""
+    pushing, go_on, other = Event(), Event(), Counted(b"other")
+
+    def push(_openid: str, _part: bytes) -> None:
+        pushing.set()
+        assert go_on.wait(10)
+        if is_refused:
+            raise RuntimeError("errcode 45047")
+
+    once = make(folder, push=push, timeout=5.0)
+    once.answer(message(1), Counted(b"1", b"2"))
+    assert pushing.wait(10)
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(once.answer, message(2), other)
+        until(lambda: claims(folder) == 2)
+        time.sleep(0.5)  # in which it would run as a question
+        go_on.set()
+        assert asked.result() == (b"2" if is_refused else b"")
+    assert once.answer(message(3), other) == b"other"
+    assert other.runs == 1
+
+
 def test_who_waits_sees_that_an_answer_is_being_written(folder: Path) -> None:
     typing: list[str] = []
     once = make(folder, push=Pushed(), typing=typing.append)
@@ -723,7 +750,7 @@ def test_a_process_that_has_just_begun_runs_no_message_of_the_last_second(folder
 
 def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: Path) -> None:
     sleeper, owner = Journal(folder), Journal(folder, remember=0.2)
-    assert sleeper.claim("first").mine
+    assert sleeper.claim("first").is_mine
     for _ in range(2):
         turn(folder, journals(folder)[0])
     numbers = itertools.count()
@@ -732,12 +759,12 @@ def test_a_process_that_slept_runs_no_message_of_the_last_file_but_one(folder: P
         """Return the message after which the file was turned."""
         while True:
             name, before = f"another{next(numbers)}", files(folder)
-            assert owner.claim(name).mine
+            assert owner.claim(name).is_mine
             if any(path.startswith("journal") for path in files(folder) - before):
                 return name
 
     name = came()
-    assert not sleeper.claim(name).mine
+    assert not sleeper.claim(name).is_mine
 
 
 def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
@@ -747,10 +774,10 @@ def test_a_file_that_is_removed_while_it_is_opened_is_not_made_again(
     old.claim("first")
     turn(folder, journals(folder)[0])
     late = Journal(folder)
-    numbers = late._numbers
-    monkeypatch.setattr(late, "_numbers", lambda: [1, *numbers()])  # as listed before
-    assert old.claim("a").mine
-    assert not late.claim("a").mine
+    sweep = late._sweep
+    monkeypatch.setattr(late, "_sweep", lambda: [1, *sweep()])  # as listed before
+    assert old.claim("a").is_mine
+    assert not late.claim("a").is_mine
     assert not (folder / "journal.1").exists()
 
 
@@ -885,6 +912,24 @@ def test_a_disk_that_its_own_files_filled_heals_without_a_restart(folder: Path) 
         until(is_remembered)
 
 
+def test_old_late_answers_make_room_though_no_message_can_be_remembered(folder: Path) -> None:
+    make(folder).answer(message(1), Counted(b"1", b"2"))
+    [late] = folder.glob("late/*/*")
+    old = time.time() - wechat.late.KEEP_LATE - 60
+    os.utime(late, (old, old))
+    (folder / "file").write_text("no folder")
+    once, other = once_with(Journal(folder / "file"), folder), Counted(b"other")
+    assert once.answer(message(2), other) == b"other"
+    assert files(folder / "late") == set()
+
+
+def test_what_waits_is_given_though_no_message_can_be_remembered(folder: Path) -> None:
+    make(folder).answer(message(1), Counted(b"1", b"2"))
+    (folder / "file").write_text("no folder")
+    once, other = once_with(Journal(folder / "file"), folder), Counted(b"other")
+    assert [once.answer(message(n), other) for n in (2, 3)] == [b"2", b"other"]
+
+
 def test_a_failed_write_of_an_answer_touches_its_message_alone(folder: Path) -> None:
     once, other, go_on = make(folder, timeout=5.0), make(folder, timeout=0.1), Event()
     failed, running, again = Counted(b"failed"), Event(), Counted(b"again")
@@ -974,5 +1019,5 @@ def test_files_are_private_and_small(folder: Path) -> None:
     make(folder).answer(message(), Counted(b"x" * 500, b"y"))
     for path in folder.rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
-        assert path.stat().st_size < 750 or path.is_dir() or path.name == ".marks"
+        assert path.stat().st_size < 750 or path.is_dir()
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -217,8 +217,8 @@ def test_every_key_has_the_appid_and_an_end(
     answers.claim("b")
     answers.tell_to_wait("b")
     late = LateAnswers(RedisLate(redis_url, APPID))
-    late.put_pending("who", "b", "owner")
-    late.put("who", "c", [b"2"], 1.0, 0.0)
+    late.mark_pending("who", "b", "owner")
+    late.save("who", "c", [b"2"], 1.0, 0.0)
     keys = redis_server.ask("KEYS", "*").decode().split("\r\n")[2::2]
     names = ["late:who", "message:a", "message:a.lock", "message:b", "message:b.lock"]
     names += ["seen:a", "seen:b", "token"]

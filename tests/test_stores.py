@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from serving import until
 from test_once import PATIENCE, WAIT, Counted, event, message, send, write
 
 import wechat.api
+import wechat.journal
 import wechat.redis_store
 from token_store import TokenError, TokenStore
 from wechat.answers import Answers
 from wechat.config import Config
-from wechat.journal import Journal
-from wechat.late import LateAnswers, LateFiles, LateStore
+from wechat.late import LateAnswers, LateStore
+from wechat.late_files import LateFiles
 from wechat.once import ReplyOnce
 from wxsim.fake_api import FakeApi
 
@@ -87,11 +89,12 @@ BEGIN = """
 import os, sys, time
 import wechat.redis_store, wechat.journal, wechat.api, wechat.config
 from pathlib import Path
-from wechat.late import LateAnswers, LateFiles
+from wechat.late import LateAnswers
+from wechat.late_files import LateFiles
 from wechat.once import ReplyOnce
 config = wechat.config.load()
 if config.redis:
-    answers, store = wechat.redis_store.answers(config), wechat.redis_store.late(config)
+    answers, store = wechat.redis_store.stores(config)
 else:
     answers = wechat.journal.Journal(config.state_dir / "replies")
     store = LateFiles(config.state_dir.parent.parent / "late")
@@ -109,13 +112,12 @@ def ready():
 
 
 def answers(config: Config) -> Answers:
-    if config.redis:
-        return wechat.redis_store.answers(config)
-    return Journal(config.state_dir / "replies")
+    places = wechat.redis_store.stores if config.redis else wechat.journal.stores
+    return places(config)[0]
 
 
 def late_store(config: Config, folder: Path) -> LateStore:
-    return wechat.redis_store.late(config) if config.redis else LateFiles(folder / "late")
+    return wechat.redis_store.stores(config)[1] if config.redis else LateFiles(folder / "late")
 
 
 def go(processes: list[Any]) -> list[str]:
@@ -330,7 +332,7 @@ def test_copies_that_race_on_many_processes_are_one_run(
 
 def test_each_try_is_counted_wherever_it_comes(shared: Shared) -> None:
     states = [shared.answers().claim(NAME) for _ in range(3)]
-    assert [(state.tries, state.mine, state.answer) for state in states] == [
+    assert [(state.tries, state.is_mine, state.answer) for state in states] == [
         (1, True, None),
         (2, False, None),
         (3, False, None),
@@ -438,11 +440,11 @@ def test_the_wait_notice_or_the_answer_is_first_for_all_who_look(shared: Shared)
         def save() -> bool:
             barrier.wait()
             other.save(name, b"answer")
-            return other.look(name).told_to_wait
+            return other.poll(name).told_to_wait
 
         with ThreadPoolExecutor(2) as pool:
             told, saved = pool.submit(tell), pool.submit(save)
-        states = [one.look(name), other.look(name), shared.answers().claim(name)]
+        states = [one.poll(name), other.poll(name), shared.answers().claim(name)]
         assert {state.answer for state in states} == {b"answer"}
         return {told.result(), saved.result(), *(state.told_to_wait for state in states)}
 
@@ -450,14 +452,22 @@ def test_the_wait_notice_or_the_answer_is_first_for_all_who_look(shared: Shared)
         assert len(meet(number)) == 1
 
 
+def give_next(late: LateAnswers, follower: str, give: Callable[[bytes], object]) -> bool:
+    """Give away a follower's next part; return whether there was one."""
+    with late.next_part(follower) as part:
+        if part is not None:
+            give(part)
+    return part is not None
+
+
 def test_late_answers_come_in_order_for_their_follower_alone(shared: Shared) -> None:
     one, other = shared.late(), shared.late()
-    one.put(WHO, "2", [b"c", b"d"], seen=2.0, free_at=0.0)
-    one.put(WHO, "1", [b"a\n\xff", b"b"], seen=1.0, free_at=0.0)
-    one.put(WHO, "0", [b"not yet"], seen=0.0, free_at=time.time() + 60)
+    one.save(WHO, "2", [b"c", b"d"], seen=2.0, free_at=0.0)
+    one.save(WHO, "1", [b"a\n\xff", b"b"], seen=1.0, free_at=0.0)
+    one.save(WHO, "0", [b"not yet"], seen=0.0, free_at=time.time() + 60)
     given: list[bytes] = []
-    assert not other.give_next(f"{WHO}2", given.append)
-    assert [late.give_next(WHO, given.append) for late in (one, other) * 3] == [True] * 4 + [
+    assert not give_next(other, f"{WHO}2", given.append)
+    assert [give_next(late, WHO, given.append) for late in (one, other) * 3] == [True] * 4 + [
         False
     ] * 2
     assert given == [b"a\n\xff", b"b", b"c", b"d"]
@@ -465,34 +475,35 @@ def test_late_answers_come_in_order_for_their_follower_alone(shared: Shared) -> 
 
 def test_a_part_that_is_being_given_is_nobody_elses_and_stays_if_it_fails(shared: Shared) -> None:
     one, other = shared.late(), shared.late()
-    one.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
+    one.save(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
 
     def fail(part: bytes) -> None:
         assert part == b"part"
-        assert not other.give_next(WHO, fail)
+        assert not give_next(other, WHO, fail)
         raise RuntimeError("errcode 48001")
 
     with pytest.raises(RuntimeError):
-        one.give_next(WHO, fail)
+        give_next(one, WHO, fail)
     given: list[bytes] = []
-    assert other.give_next(WHO, given.append)
-    assert not one.give_next(WHO, given.append)
+    assert give_next(other, WHO, given.append)
+    assert not give_next(one, WHO, given.append)
     assert given == [b"part"]
 
 
 GIVER = """
-late.give_next("gh_1+alice", lambda part: ready())
+with late.next_part("gh_1+alice"):
+    ready()
 """
 
 
 def test_what_a_killed_process_was_giving_stays(shared: Shared, run: Run) -> None:
     mine = shared.late()
-    mine.put(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
+    mine.save(WHO, "1", [b"part"], seen=1.0, free_at=0.0)
     giver = shared.process(run, GIVER)
     given: list[bytes] = []
-    assert not mine.give_next(WHO, given.append)
+    assert not give_next(mine, WHO, given.append)
     giver.kill()
-    assert until(lambda: mine.give_next(WHO, given.append))
+    assert until(lambda: give_next(mine, WHO, given.append))
     assert given == [b"part"]
 
 

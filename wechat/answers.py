@@ -1,7 +1,7 @@
-"""What the tries of a message share, how they wait for its answer, and what is logged of failures.
+"""What the tries of a message share, how they wait for its answer, and how failures are logged.
 
-``Answers`` is the interface of the place that they share: ``journal`` is that of one machine,
-``redis_store`` that of several.
+``Answers`` is the interface of what they share: ``journal`` has it for one machine, ``redis_store``
+for several.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class State(NamedTuple):
         tries: how many of its tries were seen.
         age: seconds since the first of them.
         owner: who runs ``reply()``; see ``Answers.is_alive``.
-        mine: the caller has to run ``reply()``: this call has just made it the owner.
+        is_mine: the caller has to run ``reply()``: this call has just made it the owner.
         told_to_wait: the follower was told to wait before the answer was there.
         answer: its XML, empty for silence, None while there is none.
     """
@@ -34,7 +34,7 @@ class State(NamedTuple):
     tries: int
     age: float
     owner: str
-    mine: bool = False
+    is_mine: bool = False
     told_to_wait: bool = False
     answer: bytes | None = None
 
@@ -45,13 +45,13 @@ class Answers(Protocol):
     All methods raise OSError when the place cannot be reached.
     """
 
-    poll: float  # seconds between two looks for an answer of another process
+    poll_interval: float  # seconds between two looks for answers of other processes
 
     def claim(self, name: str) -> State:
         """Count a try. The caller owns the message if nobody did or its owner process died."""
 
-    def look(self, name: str) -> State:
-        """Look again. The caller owns the message if its owner process died without an answer."""
+    def poll(self, name: str) -> State:
+        """Read again. The caller owns the message if its owner process died without an answer."""
 
     def answered(self, names: list[str]) -> list[str]:
         """Return those of the names that have an answer."""
@@ -67,40 +67,32 @@ class Answers(Protocol):
 
 
 class Waiters:
-    """The threads of this process that wait for answers. One of them reads for all."""
+    """The threads of this process that wait for answers. One of them polls for all."""
 
     def __init__(self, answers: Answers) -> None:
-        self._answers, self._lock, self._reading = answers, Lock(), Lock()
-        self._events: dict[str, list[Event]] = {}  # by message name
+        self._answers, self._polling = answers, Lock()
+        self._events: dict[str, Event] = {}  # by message name
 
     def wait(self, name: str, seconds: float) -> None:
         """Wait until the message may have an answer, or less; raise OSError as ``Answers`` do."""
-        event = Event()
-        with self._lock:
-            self._events.setdefault(name, []).append(event)
+        event = self._events.setdefault(name, Event())
         try:
-            if self._reading.acquire(blocking=False):
+            if self._polling.acquire(blocking=False):
                 try:
-                    event.wait(min(seconds, self._answers.poll))
-                    with self._lock:
-                        names = list(self._events)
-                    for answered in self._answers.answered(names):
+                    event.wait(min(seconds, self._answers.poll_interval))
+                    for answered in self._answers.answered(list(self._events)):
                         self.wake(answered)
                 finally:
-                    self._reading.release()
+                    self._polling.release()
             else:
                 event.wait(seconds)
         finally:
-            with self._lock:
-                self._events[name].remove(event)
-                if not self._events[name]:
-                    del self._events[name]
+            self.wake(name)  # other threads may wait for the same event
 
     def wake(self, name: str) -> None:
-        """Wake those who wait for a message."""
-        with self._lock:
-            for event in self._events.get(name, ()):
-                event.set()
+        """Wake the threads that wait for a message."""
+        if event := self._events.pop(name, None):
+            event.set()
 
 
 class ErrorLog:

@@ -5,9 +5,7 @@ thread, process or machine. The first one claims the message and runs ``reply()`
 for the answer. If the owner process dies, one of them runs ``reply()`` again. An answer that no
 try can take any more is late: it waits for the follower's next message.
 
-``answers`` says what the tries share for seconds, ``late`` what waits, for two days.
-Source of the rules: the platform's 接收普通消息 (when it sends again, and what tells
-messages apart).
+Source: the platform's 接收普通消息 (when WeChat sends again, and what tells messages apart).
 """
 
 from __future__ import annotations
@@ -19,16 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from wechat.answers import Answers, ErrorLog, State, Waiters
-from wechat.late import LateAnswers, LateFiles, LateStore, NothingLate, max_pushes
-from wechat.message import from_xml
+from wechat.config import Config
+from wechat.late import LateAnswers, Waiting
+from wechat.message import Message, from_xml
 
-if TYPE_CHECKING:
-    from wechat.config import Config
-
-Message: TypeAlias = dict[str, Any]
 Parts: TypeAlias = list[bytes]  # XML of one or more messages; an empty list is silence
 
 WECHAT_TIMEOUT = 5.0  # seconds that WeChat waits for the answer to one try
@@ -38,10 +33,6 @@ ANSWER_WITHIN = 0.9  # a later answer may not reach WeChat before it hangs up
 LAST_TRY_AGE = 1.8  # a try that comes this long after the first is the last, if one was lost
 REPEAT_NOTICE_AT = 2.8  # of a message that waits for another's answer: before its last try ends
 WINDOW = 3.2  # after the first try no other can still be waiting
-
-MAX_PARTS = 10  # messages that a long text may go on in
-# The sign at the end of a text that goes on: by itself, or with the follower's next message.
-PUSHED_SIGN, NEXT_SIGN = "…（未完）", "…（未完，发送任意消息继续）"
 
 _SAFE_NAME = re.compile("[A-Za-z0-9_+-]{1,120}")
 
@@ -66,10 +57,6 @@ class _Try(NamedTuple):
         """
         waited = time.monotonic() - self.arrived_at
         return (waited < ANSWER_WITHIN * timeout or self.is_last) and not self.client_gone()
-
-    @property
-    def is_event(self) -> bool:
-        return self.message.get("MsgType") == "event"
 
 
 class ReplyOnce:
@@ -114,7 +101,7 @@ class ReplyOnce:
         WeChat sends no other one after any 200, even an empty one.
 
         Args:
-            message: the message.
+            message: as WeChat sent it.
             run: calls ``reply()``; raises nothing.
             client_gone: tells whether WeChat has hung up on this try.
         """
@@ -125,69 +112,61 @@ class ReplyOnce:
             state = self._answers.claim(name)
         except OSError as error:
             self._log("another try of this message would run reply() again", error)
-            return _first(self._write(message, run(), False))
+            state = State(tries=1, age=0.0, owner="", is_mine=True)
         now = time.monotonic()
         first, seen = now - state.age, self._clock() - state.age
         is_last = state.tries >= TRIES or state.age >= LAST_TRY_AGE * self._timeout
         this = _Try(message, run, client_gone, follower, name, seen, first, now, is_last)
-        return self._run(this) if state.mine and state.tries == 1 else self._wait(this, state)
+        return self._run(this) if state.is_mine and state.tries == 1 else self._wait(this, state)
 
     def _wait(self, this: _Try, state: State) -> bytes | None:
         """Wait for the answer; become the owner if the owner process died."""
         until = this.arrived_at + self._timeout
-        if this.is_last:  # which may have waited for its thread: WeChat hangs up earlier, then
-            until = min(
-                this.arrived_at + ANSWER_WITHIN * self._timeout,
-                this.first_at + (TRIES - 1 + ANSWER_WITHIN) * self._timeout,
-            )
-        if self._typing and not state.mine and state.answer is None:
-            _start(Thread(target=self._typing, args=(this.message["FromUserName"],)))
+        if this.is_last:  # it may have waited for a thread: then WeChat hangs up earlier
+            last_began = this.first_at + (TRIES - 1) * self._timeout
+            until = min(this.arrived_at, last_began) + ANSWER_WITHIN * self._timeout
+        if self._typing and not state.is_mine and state.answer is None:
+            _start_thread(self._typing, this.message["FromUserName"])
         while True:
             if state.told_to_wait:
                 return self._notice(this)
             if state.answer is not None:
                 heard = this.is_heard(self._timeout)
                 return self._give_first(this, state.answer) if heard else None
-            # The last try runs reply() in another thread, so that this one can tell to wait.
-            if state.mine and not (this.is_last and self._run_beside(this)):
-                return self._run(this, inherited=True)
+            if state.is_mine:
+                # The last try runs reply() in another thread, so that this one can tell to wait.
+                unheard = this._replace(client_gone=lambda: True)
+                if not (this.is_last and _start_thread(self._run, unheard, True)):
+                    return self._run(this, is_heir=True)
             if this.client_gone():
                 return None
             left = until - time.monotonic()
             if left <= 0:
                 return self._tell_to_wait(this, state) if this.is_last else None
-            state = state._replace(mine=False)
+            state = state._replace(is_mine=False)
             with self._log.caught("a try waits for an answer that cannot be read"):
                 self._waiters.wait(this.name, min(left, self._timeout / 5))
-                state = self._answers.look(this.name)
+                state = self._answers.poll(this.name)
 
-    def _run_beside(self, this: _Try) -> bool:
-        unheard = this._replace(client_gone=lambda: True)
-        return _start(Thread(target=self._run, args=(unheard,), kwargs={"inherited": True}))
-
-    def _run(self, this: _Try, inherited: bool = False) -> bytes | None:
-        """Make the answer of a message, as its owner."""
-        if inherited and (parts := self._late.find(this.follower, this.name)):
-            # The owner process died with its answer ready.
+    def _run(self, this: _Try, is_heir: bool = False) -> bytes | None:
+        """Make the answer of a message, as its owner, or as the heir of an owner that died."""
+        if is_heir and (parts := self._late.find(this.follower, this.name)):
             return self._finish(this, lambda _late: parts)
-        has_waited, given = False, list[bytes | None]()
-
-        def give(part: bytes) -> None:
-            given.append(self._finish(this, lambda _late: [part]))
-
-        while not this.is_event:
-            # A follower who was told to wait and writes again asks for that answer.
-            ready, alive, dead = self._late.count(this.follower, self._answers.is_alive)
-            if ready and self._late.give_next(this.follower, give):
-                return given[0]
-            if has_waited and not alive and not dead:  # another message got the answer
-                return self._finish(this, lambda _late: [])
-            if not alive:
+        has_waited, waiting = False, Waiting.NOTHING
+        # A follower who was told to wait and writes again asks for that answer.
+        while this.message.get("MsgType") != "event":
+            waiting = self._late.waiting(this.follower, self._answers.is_alive)
+            if waiting < Waiting.PENDING:
                 break
+            with self._late.next_part(this.follower) as part:
+                if part is not None:
+                    return self._finish(this, lambda _late: [part])
             if time.monotonic() > this.first_at + REPEAT_NOTICE_AT * self._timeout:
                 return self._finish(this, lambda late: [] if late else [self._notice(this)])
             has_waited = True
             time.sleep(self._timeout / 25)
+        if has_waited and waiting == Waiting.NOTHING:  # another message or a push has given it
+            return self._finish(this, lambda _late: [])
         return self._finish(this, partial(self._write, this.message, this.run()))
 
     def _finish(self, this: _Try, write: Callable[[bool], Parts]) -> bytes | None:
@@ -197,34 +176,35 @@ class ReplyOnce:
         """
         heard = this.is_heard(self._timeout)
         parts = write(False)
+        first = parts[0] if parts else b""
         late_parts = parts if heard else write(True)
         free_at, told_to_wait = this.seen + WINDOW * self._timeout, False
         if not heard or len(parts) > 1:
-            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
+            self._late.save(this.follower, this.name, late_parts, this.seen, free_at)
         try:
-            self._answers.save(this.name, _first(parts))
+            self._answers.save(this.name, first)
             if time.monotonic() > this.first_at + ANSWER_WITHIN * self._timeout:  # not before
-                told_to_wait = self._answers.look(this.name).told_to_wait
+                told_to_wait = self._answers.poll(this.name).told_to_wait
         except OSError as error:
             self._log("another try of this message may get no answer", error)
         self._waiters.wake(this.name)
         if told_to_wait:  # by a try that came later: WeChat has given up this one
             heard, free_at = False, 0.0
-            self._late.put(this.follower, this.name, late_parts, this.seen, free_at)
+            self._late.save(this.follower, this.name, late_parts, this.seen, free_at)
         if not heard:
-            self._late.push_later(this.follower, this.message, free_at)
+            self._late.push_soon(this.follower, this.message, free_at)
             return None
-        return self._give_first(this, _first(parts)) if len(parts) > 1 else _first(parts)
+        return self._give_first(this, first) if len(parts) > 1 else first
 
     def _give_first(self, this: _Try, answer: bytes) -> bytes:
         """Return the answer to a try. What comes after its first part is late from now on."""
-        self._late.give_first(this.follower, this.name)
-        self._late.push_later(this.follower, this.message, free_at=0.0)
+        self._late.remove_first(this.follower, this.name)
+        self._late.push_soon(this.follower, this.message, free_at=0.0)
         return answer
 
     def _tell_to_wait(self, this: _Try, state: State) -> bytes | None:
         """Tell the follower to wait, unless the answer comes at this very moment."""
-        self._late.put_pending(this.follower, this.name, state.owner)
+        self._late.mark_pending(this.follower, this.name, state.owner)
         with self._log.caught("a late answer may be lost"):
             state = self._answers.tell_to_wait(this.name)
         if state.answer is None or state.told_to_wait:
@@ -261,46 +241,25 @@ def from_config(
         def push(openid: str, xml: bytes) -> None:
             account.send(openid, from_xml(xml))
 
-    answers: Answers
-    store: LateStore
     if config.redis:
-        from wechat import redis_store
-
-        answers, store = redis_store.answers(config), redis_store.late(config)
+        from wechat.redis_store import stores
     else:
-        from wechat import journal
-
-        answers, store = journal.answers(config), LateFiles(config.state_dir / "late")
-    if config.late == "drop":
-        store = NothingLate()
+        from wechat.journal import stores
+    answers, store = stores(config)
+    late = LateAnswers(store, push, clock, drop=config.late == "drop")
 
     def write_parts(message: Message, reply: Any, is_late: bool) -> Parts:
-        return write(message, reply, _signs(config.late, message, is_late), is_late)
+        return write(message, reply, late.signs(message, is_late), is_late)
 
-    late = LateAnswers(store, push, clock)
     return ReplyOnce(answers, late, write_parts, config.late_text, typing=typing, clock=clock)
 
 
-def _signs(late: str, message: Message, is_late: bool) -> list[str]:
-    """Return the signs at the end of the parts of a long text; none: it is cut."""
-    if late == "drop":
-        return []
-    pushed = 0
-    if late == "push":
-        pushed = max_pushes(message) - is_late  # a late answer is pushed with its first part
-    return [PUSHED_SIGN] * pushed + [NEXT_SIGN] * (MAX_PARTS - 1 - pushed)
-
-
-def _start(thread: Thread) -> bool:
+def _start_thread(target: Callable[..., object], *args: object) -> bool:
     try:
-        thread.start()
+        Thread(target=target, args=args).start()
     except RuntimeError:  # the process has too many
         return False
     return True
-
-
-def _first(parts: Parts) -> bytes:
-    return parts[0] if parts else b""
 
 
 def _names(message: Message) -> tuple[str, str]:
@@ -311,15 +270,10 @@ def _names(message: Message) -> tuple[str, str]:
     """
     follower = f"{message.get('ToUserName')}+{message.get('FromUserName')}"
     identity = None if message.get("MsgType") == "event" else message.get("MsgId")
-    if not identity:
-        identity = _digest(json.dumps(message, sort_keys=True))
+    identity = identity or json.dumps(message, sort_keys=True)
     return _safe(follower), _safe(f"{follower}+{identity}")
 
 
 def _safe(name: str) -> str:
     """Return the name itself if it can be part of a file's name, else its digest."""
-    return name if _SAFE_NAME.fullmatch(name) else _digest(name)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return name if _SAFE_NAME.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from token_store import LONGEST_LIFE, LONGEST_WAIT, Replace
-from wechat.answers import REMEMBER, State
+from wechat.answers import REMEMBER, Answers, State
 from wechat.config import ConfigError
-from wechat.late import KEEP_LATE
+from wechat.late import KEEP_LATE, LateStore
 
 try:
     import redis
@@ -240,7 +240,7 @@ class RedisAnswers:
         ConfigError: the URL cannot be used.
     """
 
-    poll = LOOK
+    poll_interval = LOOK
 
     def __init__(self, url: str, appid: str) -> None:
         self._redis, self._prefix = _Redis(url), f"wxserver:{appid}"
@@ -254,8 +254,8 @@ class RedisAnswers:
             fields, age = self._ask(name, ask)
         return self._state(key, fields, age, mine)
 
-    def look(self, name: str) -> State:
-        """Look again. The caller owns the message if its owner process died without an answer."""
+    def poll(self, name: str) -> State:
+        """Read again. The caller owns the message if its owner process died without an answer."""
         key = self._key(name)
         with self._pipeline() as ask:
             fields, age = self._ask(name, ask.exists(f"{key}.lock"))
@@ -376,22 +376,13 @@ class RedisLate:
                 self._redis.unlock(key, lock)
 
 
-def answers(config: Config) -> RedisAnswers:
-    """Return the answers of the account of config.ini.
+def stores(config: Config) -> tuple[Answers, LateStore]:
+    """Return where the account of config.ini keeps messages and late answers.
 
     Raises:
         ConfigError: the URL cannot be used.
     """
-    return RedisAnswers(config.redis, config.appid)
-
-
-def late(config: Config) -> RedisLate:
-    """Return where the account of config.ini keeps late answers.
-
-    Raises:
-        ConfigError: the URL cannot be used.
-    """
-    return RedisLate(config.redis, config.appid)
+    return RedisAnswers(config.redis, config.appid), RedisLate(config.redis, config.appid)
 
 
 def check(config: Config) -> None:
