@@ -67,7 +67,7 @@ VALUES: st.SearchStrategy[object] = st.recursive(
         st.dictionaries(
             st.sampled_from(["MediaId", "Title", "Url", "item", "ThumbMediaId"]), inner, max_size=3
         )
-        | st.lists(inner, max_size=9)
+        | st.lists(inner.filter(lambda item: not isinstance(item, list)), max_size=9)
     ),
     max_leaves=12,
 )

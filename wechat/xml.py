@@ -237,7 +237,8 @@ def _elements(fields: Message, *, in_message: bool = False, bare: bool = False) 
             elif type(item) is int:
                 content = str(item)
             else:
-                raise TypeError(f"{name} is a {type(item).__name__}, not a str, int, dict or list")
+                what = f"an item of {name}" if items is value else name
+                raise TypeError(f"{what} is a {type(item).__name__}, not a str, int, dict or list")
             parts.append(f"<{name}>{content}</{name}>")
     return "".join(parts)
 
