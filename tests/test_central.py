@@ -658,8 +658,8 @@ def test_over_a_unix_socket_https_has_to_be_told(
 
 
 def snippet(language: str) -> str:
-    """Return the README's code for a client in ``language``."""
-    section = (ROOT / "README.md").read_text().partition("\n## The access_token over HTTP")[2]
+    """Return the document's code for a client in ``language``."""
+    section = (ROOT / "docs/access-token.md").read_text().partition("\n## Over HTTP")[2]
     found = re.search(rf"```{language}\n([^`]*wx\.example\.com/cgi-bin/[^`]*)```", section)
     assert found
     return found[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import signal
 import socket
 import time
@@ -46,22 +45,6 @@ def test_a_message_is_echoed(server: Server) -> None:
     status, body = server.ask(message("你好"), openid="o1")
     assert status == 200
     assert from_xml(body)["Content"] == "你好"
-
-
-def test_the_first_commands_of_the_readme_do_what_it_says(run: Run, tmp_path: Path) -> None:
-    server = Server(run, tmp_path, str(ROOT / "wxserver.py"), "--port", "{port}").ready()
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = re.findall("^python3 (-m wxsim .*?) *#", "".join(blocks), re.MULTILINE)
-    outputs = []
-    for command in commands:
-        process = run(
-            *command.split(),
-            *("--url", f"{server.base}/wx"),
-            env={"WXSERVER_CONFIG": str(server.config)},
-        )
-        outputs.append(process.communicate("hi\n/image\n", timeout=20)[0].splitlines())
-        assert process.returncode == 0
-    assert [lines[0].partition(":")[0] for lines in outputs] == ["提交成功", "hello", "hi"]
 
 
 def test_many_at_once_each_get_their_own_answer(server: Server) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 from reply import reply
 
@@ -44,21 +42,6 @@ def test_a_new_follower_is_welcomed_with_or_without_a_qr_code() -> None:
         welcome = reply({"MsgType": "event", "Event": "subscribe", **more})
         assert isinstance(welcome, str)
         assert welcome.startswith("Welcome")
-
-
-def test_the_reply_of_the_readme_works_as_it_stands() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(next(block for block in blocks if "def reply" in block), names)
-    answers = [
-        names["reply"]({"MsgType": "text", "Content": "帮助"}),
-        names["reply"]({"MsgType": "event", "Event": "CLICK", "EventKey": "today"})["ArticleCount"],
-        names["reply"]({"MsgType": "event", "Event": "subscribe", "EventKey": "qrscene_7"}),
-        names["reply"]({"MsgType": "event", "Event": "subscribe", "EventKey": ""}),
-        names["reply"]({"MsgType": "text", "Content": "a human, please"}),
-    ]
-    human = {"MsgType": "transfer_customer_service"}
-    assert answers == ["Ask me anything.", 1, "You came by the code 7.", None, human]
 
 
 @pytest.mark.parametrize(
