@@ -28,6 +28,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from token_store import ApiError as ApiError
 from token_store import FilePlace, Place, TokenError, TokenStore
+from wechat.config import KEYS_CONSOLE
 
 if TYPE_CHECKING:
     from wechat.config import Config
@@ -40,17 +41,28 @@ ADVICE = {
     -1: "WeChat is busy; try again later",
     40001: "check [wechat] appsecret; or something else fetches tokens for this account",
     40002: "the grant_type is wrong",
+    40003: "no follower of this account has this OpenID",
+    40007: "the MediaId is wrong, of another account, or of a file sent over three days ago",
     40013: "check [wechat] appid",
     40014: "the access_token is invalid",
     40125: "check [wechat] appsecret, or reset it in the console",
-    40164: "add {ip} to the account's IP whitelist: 设置与开发 → 基本配置 → IP白名单",
+    40164: (
+        f"add {{ip}} to the account's IP whitelist: {KEYS_CONSOLE} → IP白名单"
+        " (before: 设置与开发 → 基本配置); a change takes some minutes"
+    ),
     40243: "the AppSecret is frozen; unfreeze it in the console",
     41002: "the AppID is missing",
     41004: "the AppSecret is missing",
     42001: "the access_token has expired",
     43002: "this call needs a body to POST",
+    45002: "the text is too long",
     45009: "the day's quota is used up; wait for tomorrow, or call clear_quota",
     45011: "too many calls; slow down",
+    45015: "the follower last wrote over 48 hours ago, or has left; wait for a message of theirs",
+    45047: (
+        "the follower has had all 客服消息 of now: five follow a message, three a menu click, a scan"
+        " or a subscription; wait for a message of theirs"
+    ),
     48001: "the account has no right to this call; it needs verification (认证)",
     50004: "the account is banned or logged out",
     89503: "the administrator has to confirm this IP on the phone",
