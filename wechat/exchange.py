@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 from token_store import ApiError
 from wechat.media import PIECE, Form
 
-STALLED = 20.0  # seconds after which a connection that moves no byte is given up
+STALLED = 30.0  # seconds after which a connection that moves no byte is given up
 LARGEST_ANSWER = 4 * 1048576  # bytes; a list of 10,000 followers takes 0.3 MB
 
 Progress: TypeAlias = Callable[[int, int], object]  # takes the bytes done, and all; 0: unknown
@@ -71,10 +71,7 @@ def exchange(
 
     def run() -> None:
         try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            if isinstance(body, Form):
-                data = _watched(body, body.length, note)
-                request = urllib.request.Request(url, data, body.headers)
+            request = _request(url, body, note)
             with _opener().open(request, timeout=min(timeout, STALLED)) as response:
                 content = _read(response, largest, silent if isinstance(body, Form) else note)
                 results.put(Answer(host, content, response.headers.get_content_type()))
@@ -95,6 +92,13 @@ def exchange(
     if isinstance(result, Exception):
         raise ApiError(f"no answer from {host}: {_why(result, secret)}")
     return result
+
+
+def _request(url: str, body: bytes | Form | None, progress: Progress) -> urllib.request.Request:
+    if isinstance(body, Form):
+        pieces = _watched(body, body.length, progress)
+        return urllib.request.Request(url, pieces, body.headers)
+    return urllib.request.Request(url, body, {"Content-Type": "application/json"})
 
 
 def _watched(pieces: Iterable[bytes], whole: int, progress: Progress) -> Iterator[bytes]:
