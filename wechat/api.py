@@ -109,7 +109,7 @@ class Api:
             path: as for ``call``.
             file: a path, bytes, or a file open in binary mode, which is sent from where it stands.
             filename: what WeChat is told; bytes need one. Its ending has to be the right one.
-            progress: told how many bytes are sent, and how many there are, from another thread.
+            progress: called in another thread with the bytes sent so far, and with all.
 
         Raises:
             ApiError: as for ``call``.
@@ -117,12 +117,12 @@ class Api:
             OSError: the file cannot be opened.
         """
         with open_form(file, filename) as form:
-            return self._with_token(
-                lambda token: _parse(
-                    exchange(self._url(path, token), form, token, FILE_TIMEOUT, progress=progress),
-                    token,
-                )
-            )
+
+            def ask(token: str) -> dict[str, Any]:
+                url = self._url(path, token)
+                return _parse(exchange(url, form, token, FILE_TIMEOUT, progress=progress), token)
+
+            return self._with_token(ask)
 
     def download(
         self,
@@ -137,9 +137,9 @@ class Api:
 
         Args:
             path: as for ``call``: ``media/get?media_id=…``.
-            to: where to write the file too, as a whole or not at all. JSON is not written.
+            to: a path to write the file to as well, whole or not at all. JSON is not written.
             body: None for GET.
-            progress: told how many bytes came, and how many will (0: unknown), from another thread.
+            progress: called in another thread with the bytes that came, and with all (0: unknown).
 
         Raises:
             ApiError: as for ``call``; or the file is over ``LARGEST_DOWNLOAD``, or broke off.
@@ -327,7 +327,7 @@ def from_config(config: Config) -> Api:
 
 
 def main() -> None:
-    """Call WeChat's API and print the answer as JSON, or save the file that it is."""
+    """Call WeChat's API and print the answer as JSON, or save the file that it answers."""
     import argparse
 
     import wechat.config
@@ -338,29 +338,27 @@ def main() -> None:
     )
     parser.add_argument(
         "path",
-        help="getcallbackip, user/info?openid=…, /datacube/getusersummary, media/get?media_id=…,"
-        " media/upload?type=image (or voice, video, thumb)",
+        help="getcallbackip, user/info?openid=…, /datacube/getusersummary, media/get?media_id=… or"
+        " media/upload?type=image (voice, video, thumb)",
     )
-    parser.add_argument(
-        "body",
-        nargs="?",
-        help="a JSON object to POST, or @photo.jpg to upload a file; without it the call is GET",
+    body_help = (
+        "a JSON object to POST, or @photo.jpg to upload that file; without it the call is GET"
     )
-    parser.add_argument(
-        "-o", metavar="FILE", help="save the file that WeChat answers, as a whole or not at all"
-    )
+    parser.add_argument("body", nargs="?", help=body_help)
+    parser.add_argument("-o", metavar="FILE", help="write the file that WeChat answers to FILE")
     arguments = parser.parse_args()
-    text, body = arguments.body, None
-    file = text[1:] if text and text.startswith("@") else None
-    if file is not None and arguments.o is not None:
-        parser.error("-o FILE is for a file that comes, @FILE for one that goes")
-    if text is not None and file is None:
+    text, body, file = arguments.body, None, None
+    if text is not None and text.startswith("@"):
+        file = text[1:]
+    elif text is not None:
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
             parser.error(f"the body is not JSON: {error}")
         if not isinstance(body, dict):
             parser.error("the body is not a JSON object")
+    if file is not None and arguments.o is not None:
+        parser.error("-o is for a file that comes, @ for one that goes")
     progress = _show if sys.stderr.isatty() else silent
     try:
         api = from_config(wechat.config.load())

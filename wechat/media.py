@@ -105,8 +105,8 @@ def save(path: Path, content: bytes) -> None:
         OSError: the file cannot be written.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{os.fspath(path)} is there, and no file that can be replaced")
-    part = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
+        raise ValueError(f"{os.fspath(path)} is not a file that can be replaced")
+    part = f"{os.fspath(path)}.{secrets.token_hex(4)}"
     try:
         with open(part, "xb") as file:
             file.write(content)
