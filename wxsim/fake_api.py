@@ -115,6 +115,11 @@ class _Refused(Exception):
         self.errcode = errcode
 
 
+def _refuse_if(wrong: object, errcode: int) -> None:
+    if wrong:
+        raise _Refused(errcode)
+
+
 @dataclass
 class _Token:
     text: str
@@ -236,8 +241,7 @@ class FakeApi:
                 file = self._find_file(asked)
                 url = f"{self.base}/video?media_id={asked['media_id']}"
                 return {"video_url": url} if file.kind == "video" else file
-        if not re.fullmatch("/cgi-bin(/[a-z_]+)+", path):
-            raise _Refused(40066)
+        _refuse_if(not re.fullmatch("/cgi-bin(/[a-z_]+)+", path), 40066)
         if body:
             self.tell(f"{path} got {body[:2048].decode(errors='replace')}")
         return _OK
@@ -247,33 +251,24 @@ class FakeApi:
         del self.calls[:-KEPT]
 
     def _check(self, text: str) -> None:
-        if not text:
-            raise _Refused(41001)
-        if self.dead:
-            raise _Refused(self.dead)
-        if not re.fullmatch(r"[\w-]+", text, re.ASCII):
-            raise _Refused(40014)
+        _refuse_if(not text, 41001)
+        _refuse_if(self.dead, self.dead)
+        _refuse_if(not re.fullmatch(r"[\w-]+", text, re.ASCII), 40014)
         token = self._tokens.get(text)
         if not token:
             raise _Refused(40001)
-        if self.clock() >= token.end:
-            raise _Refused(token.errcode)
+        _refuse_if(self.clock() >= token.end, token.errcode)
 
     def _fetch(self, asked: dict[str, Any], give: Callable[[bool], _Token]) -> dict[str, Any]:
         self.fetches.append(asked)
         del self.fetches[:-KEPT]
         self.on_fetch()
         appid, secret = asked.get("appid"), asked.get("secret")
-        if asked.get("grant_type") != "client_credential":
-            raise _Refused(40002)
-        if not appid:
-            raise _Refused(41002)
-        if appid != (self.appid or appid):
-            raise _Refused(40013)
-        if not secret:
-            raise _Refused(41004)
-        if secret != (self.appsecret or secret):
-            raise _Refused(40125)
+        _refuse_if(asked.get("grant_type") != "client_credential", 40002)
+        _refuse_if(not appid, 41002)
+        _refuse_if(appid != (self.appid or appid), 40013)
+        _refuse_if(not secret, 41004)
+        _refuse_if(secret != (self.appsecret or secret), 40125)
         token = give(asked.get("force_refresh") is True)
         self.token = token.text
         left = round(token.end - self.clock()) if self._has_life() else self.expires_in
@@ -301,8 +296,7 @@ class FakeApi:
 
     def _spend(self, quota: str) -> None:
         today = (self.clock() + BEIJING) // 86400
-        if self._used[quota, today] >= A_DAY[quota]:
-            raise _Refused(45009)
+        _refuse_if(self._used[quota, today] >= A_DAY[quota], 45009)
         self._used[quota, today] += 1
 
     def _has_life(self) -> bool:
@@ -317,34 +311,28 @@ class FakeApi:
         return token
 
     def _send(self, message: dict[str, Any]) -> dict[str, Any]:
-        touser, msgtype = _openid(message), message.get("msgtype")
-        if msgtype not in _MSGTYPES:
-            raise _Refused(40008)
+        touser, msgtype = _openid(message), message.get("msgtype", "")
+        _refuse_if(msgtype not in _MSGTYPES, 40008)
         content = message.get(msgtype)
         if not isinstance(content, dict):
             raise _Refused(47001)
         shown: Any = f"[{msgtype}] {json.dumps(content, ensure_ascii=False)}"
         if msgtype == "text":
             shown = content.get("content")
-            if not shown or not isinstance(shown, str):
-                raise _Refused(44004)
+            _refuse_if(not shown or not isinstance(shown, str), 44004)
         self.tell(f"{touser} sees: {shown}")
         return _OK
 
     def _upload(self, kind: str, method: str, body: bytes) -> dict[str, Any]:
-        if method != "POST":
-            raise _Refused(43002)
-        if kind not in _FILES:
-            raise _Refused(40004)
+        _refuse_if(method != "POST", 43002)
+        _refuse_if(kind not in _FILES, 40004)
         form = _FORM.fullmatch(body)
         if not form:
             raise _Refused(41005)
         largest, too_large, endings = _FILES[kind]
         name, content = form["name"].decode(errors="replace"), form["content"]
-        if not name.lower().endswith(endings):
-            raise _Refused(40005)
-        if len(content) > largest:
-            raise _Refused(too_large)
+        _refuse_if(not name.lower().endswith(endings), 40005)
+        _refuse_if(len(content) > largest, too_large)
         now, media_id = self.clock(), secrets.token_urlsafe(48)
         self._files[media_id] = _File(
             kind, content, form["type"].decode("latin-1"), now + FILE_LIFE
@@ -356,8 +344,7 @@ class FakeApi:
         return {"type": kind, key: media_id, "created_at": int(now)}
 
     def _find_file(self, asked: dict[str, str]) -> _File:
-        if "media_id" not in asked:
-            raise _Refused(41006)
+        _refuse_if("media_id" not in asked, 41006)
         file = self._files.get(asked["media_id"])
         if not file or self.clock() >= file.end:
             raise _Refused(40007)
@@ -365,17 +352,14 @@ class FakeApi:
 
     def _typing(self, asked: dict[str, Any]) -> dict[str, Any]:
         touser, command = _openid(asked), asked.get("command")
-        if command not in ("Typing", "CancelTyping"):
-            raise _Refused(45072)
+        _refuse_if(command not in ("Typing", "CancelTyping"), 45072)
         self.tell(f"{touser} sees: {'typing…' if command == 'Typing' else 'typing no more'}")
         return _OK
 
 
 def _posted(method: str, body: bytes) -> dict[str, Any]:
-    if method != "POST":
-        raise _Refused(43002)
-    if not body:
-        raise _Refused(44002)
+    _refuse_if(method != "POST", 43002)
+    _refuse_if(not body, 44002)
     try:
         posted = json.loads(body)
     except (ValueError, RecursionError):
@@ -393,11 +377,9 @@ def _openid(asked: dict[str, Any]) -> str:
 
 
 def _check_callback(asked: dict[str, Any]) -> dict[str, Any]:
-    action, operator = asked.get("action"), asked.get("check_operator")
-    if action not in ("all", "dns", "ping"):
-        raise _Refused(40202)
-    if operator not in ("DEFAULT", "CHINANET", "UNICOM", "CAP"):
-        raise _Refused(40203)
+    action, operator = asked.get("action", ""), asked.get("check_operator")
+    _refuse_if(action not in ("all", "dns", "ping"), 40202)
+    _refuse_if(operator not in ("DEFAULT", "CHINANET", "UNICOM", "CAP"), 40203)
     sender = "UNICOM" if operator == "DEFAULT" else operator
     ping = {"ip": "127.0.0.1", "from_operator": sender, "package_loss": "0%", "time": "0.045ms"}
     found = {"dns": [{"ip": "127.0.0.1", "real_operator": "UNICOM"}], "ping": [ping]}
