@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -525,6 +527,17 @@ def test_a_terminal_is_shown_the_progress(fake_api: FakeApi, tmp_path: Path) -> 
     assert json.loads(process.stdout)["type"] == "video"
     assert "1.0 of 3.0 MB\r" in shown
     assert shown.endswith("3.0 of 3.0 MB\r\n")
+
+
+def test_ctrl_c_ends_the_command_quietly(tmp_path: Path, picture: Path, run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        base = f"http://127.0.0.1:{server.getsockname()[1]}"
+        env = config_for(SimpleNamespace(base=base), tmp_path)  # type: ignore[arg-type]
+        process = run("-m", "wechat.api", UPLOAD, f"@{picture}", env=env)
+        connection, _ = server.accept()
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(), process.returncode) == (("", ""), 130)
+        connection.close()
 
 
 def test_help_says_how_files_go_up_and_down(run: Run) -> None:

@@ -28,7 +28,7 @@ from token_store import ApiError as ApiError
 from token_store import FilePlace, Place, TokenError, TokenStore
 from wechat.config import KEYS_CONSOLE
 from wechat.exchange import Answer, Progress, exchange, one_line, silent
-from wechat.media import File, Path, open_form, save
+from wechat.media import File, StrPath, open_form, save
 
 if TYPE_CHECKING:
     from wechat.config import Config
@@ -127,7 +127,7 @@ class Api:
     def download(
         self,
         path: str,
-        to: Path | None = None,
+        to: StrPath | None = None,
         body: dict[str, Any] | None = None,
         progress: Progress = silent,
     ) -> bytes | dict[str, Any]:

@@ -1,8 +1,8 @@
 """Files: sent to WeChat as a multipart form, and saved whole.
 
-Sources of the rules: the platform's 新增临时素材; and what it does without saying so. It answers
-41005 to a filename in the form of RFC 2231 (``filename*=``), 40005 to one without .jpg, .mp3 and
-so on, and HTTP status 412 to a body without Content-Length.
+Source of the rules: the platform's 新增临时素材. It does not say that WeChat answers 41005 to a
+filename in the form of RFC 2231 (``filename*=``), 40005 to one without .jpg, .mp3 and so on, and
+HTTP status 412 to a body without Content-Length.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import BinaryIO, TypeAlias
 LARGEST_UPLOAD = 10 * 1048576  # bytes; the platform's limit for pictures and videos
 PIECE = 65536  # bytes of a file that are in memory at a time
 
-Path: TypeAlias = str | os.PathLike[str]
-File: TypeAlias = Path | bytes | BinaryIO
+StrPath: TypeAlias = str | os.PathLike[str]
+File: TypeAlias = StrPath | bytes | BinaryIO
 _ESCAPES = {ord('"'): "%22", ord("\r"): "%0D", ord("\n"): "%0A"}  # as browsers write them
 
 
@@ -97,7 +97,7 @@ def open_form(file: File, filename: str | None = None) -> Iterator[Form]:
         yield Form(file, os.path.basename(name))
 
 
-def save(path: Path, content: bytes) -> None:
+def save(path: StrPath, content: bytes) -> None:
     """Write ``content`` to the file ``path``, whole or not at all.
 
     Raises:
