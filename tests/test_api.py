@@ -15,7 +15,8 @@ from conftest import APPID, APPSECRET, Run, account, config_for
 import wechat.api
 from token_store import TokenError
 from wechat.api import Api, ApiError
-from wechat.config import Config
+from wechat.config import KEYS_CONSOLE, Config
+from wechat.exchange import LARGEST_ANSWER
 from wxsim.fake_api import FakeApi
 
 
@@ -136,7 +137,7 @@ def test_the_command_says_on_stderr_what_went_wrong(
     assert (out, process.returncode) == ("", 1)
     assert err.startswith("wechat.api: errcode 40164")
     assert err.count("\n") == 1
-    assert "add 1.2.3.4 to the account's IP whitelist" in err
+    assert f"add 1.2.3.4 to the account's IP whitelist: {KEYS_CONSOLE}" in err
 
 
 # The exchange by itself.
@@ -191,8 +192,8 @@ def test_an_api_that_is_not_there_is_named() -> None:
 
 
 def test_an_answer_without_end_is_left(fake_api: FakeApi) -> None:
-    fake_api.failure = b" " * (wechat.api.LARGEST_ANSWER + 10_000_000)
-    with pytest.raises(ApiError, match="something else than WeChat's JSON"):
+    fake_api.failure = b" " * (LARGEST_ANSWER + 10_000_000)
+    with pytest.raises(ApiError, match=r"no answer from .*: its answer is over 4 MB$"):
         wechat.api.request_json(f"{fake_api.base}/cgi-bin/token", None, "secret")
 
 
@@ -219,8 +220,9 @@ def test_a_thread_that_cannot_be_started_is_an_error_of_the_api(
 
 
 def test_every_errcode_of_the_platform_that_an_owner_meets_has_a_meaning() -> None:
-    known = {-1, 40001, 40002, 40013, 40014, 40125, 40164, 40243, 41002, 41004, 42001, 43002}
-    known |= {45009, 45011, 48001, 50004, 89503, 89506, 89507}
+    known = {-1, 40001, 40002, 40003, 40007, 40013, 40014, 40125, 40164, 40243}
+    known |= {41002, 41004, 42001, 43002, 45002, 45009, 45011, 45015, 45047}
+    known |= {48001, 50004, 89503, 89506, 89507}
     assert set(wechat.api.ADVICE) == known
 
 

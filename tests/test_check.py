@@ -45,9 +45,9 @@ class Api(FakeApi):
         super().__init__(APPID, APPSECRET)
         self.own: dict[str, bytes] = {}
 
-    def answer(self, method: str, target: str, body: bytes) -> bytes:
+    def answer(self, method: str, target: str, body: bytes) -> tuple[bytes, str]:
         own = self.own.get(target.partition("?")[0].removeprefix("/cgi-bin/"))
-        return super().answer(method, target, body) if own is None else own
+        return super().answer(method, target, body) if own is None else (own, "application/json")
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ class Dated(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        answer = self.api.answer(self.command, self.path, body)
+        answer, _ = self.api.answer(self.command, self.path, body)
         self.send_response_only(200)
         if self.ahead is not None:
             self.send_header("Date", formatdate(time.time() + self.ahead, usegmt=True))

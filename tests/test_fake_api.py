@@ -212,8 +212,8 @@ def test_a_call_needs_a_token_that_was_given(api: FakeApi, token: str, expected:
 
 def test_a_call_that_is_not_there_is_an_invalid_url(api: FakeApi) -> None:
     stable(api)
-    assert errcode(api, "/cgi-bin/getcallbackips") == 40066
-    assert errcode(api, "/cgi-bin/user/info", {}) == 40066
+    for path in ("/cgi-bin", "/cgi-bin/", "/cgi-bin//x", "/cgi-bin/../x", "/menu/get", "/"):
+        assert errcode(api, path) == 40066
 
 
 @pytest.mark.parametrize("path", [STABLE, SEND, TYPING, CHECK])
@@ -314,6 +314,98 @@ def test_callback_check_answers_what_was_asked_for(
         assert set(dns) == {"ip", "real_operator"}
 
 
+def form(content: bytes, name: str, field: str = "media") -> bytes:
+    head = f'Content-Disposition: form-data; name="{field}"; filename="{name}"'
+    kind = b"Content-Type: image/jpeg"
+    return b"\r\n".join([b"--b", head.encode(), kind, b"", content, b"--b--", b""])
+
+
+def media(api: FakeApi, kind: str, body: bytes | None) -> Any:
+    return fetch(api.base, f"/cgi-bin/media/upload?type={kind}&access_token={api.token}", body)
+
+
+MB = 1048576
+FILES = [
+    ("image", "a.png", 10 * MB, 0),
+    ("image", "a.JPEG", 1, 0),
+    ("image", "a.png", 10 * MB + 1, 40009),
+    ("image", "a.bmp", 1, 40005),
+    ("voice", "a.mp3", 2 * MB, 0),
+    ("voice", "a.amr", 2 * MB + 1, 40010),
+    ("voice", "a.wav", 1, 40005),
+    ("video", "a.mp4", 10 * MB, 0),
+    ("video", "a.mp4", 10 * MB + 1, 40011),
+    ("thumb", "a.jpg", 65536, 0),
+    ("thumb", "a.jpg", 65537, 40012),
+    ("thumb", "a.png", 1, 40005),
+    ("file", "a.png", 1, 40004),
+    ("", "a.png", 1, 40004),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "size", "expected"), FILES)
+def test_a_file_has_the_limits_of_its_kind(
+    api: FakeApi, kind: str, name: str, size: int, expected: int
+) -> None:
+    classic(api)
+    answer = media(api, kind, form(bytes(size), name))
+    assert answer.get("errcode", 0) == expected
+    if not expected:
+        key = "thumb_media_id" if kind == "thumb" else "media_id"
+        assert set(answer) == {"type", key, "created_at"}
+
+
+def test_what_is_no_form_with_a_file_has_no_media_data(api: FakeApi) -> None:
+    classic(api)
+    whole = form(b"x", "a.jpg")
+    encoded = whole.replace(b'filename="a.jpg"', b"filename*=utf-8''a.jpg")
+    for body in (b"", b"x", whole[:-4], form(b"", "a.jpg"), form(b"x", ""), encoded):
+        assert media(api, "image", body)["errcode"] == 41005
+    assert media(api, "image", form(b"x", "a.jpg", "file"))["errcode"] == 41005
+    assert media(api, "image", None)["errcode"] == 43002
+
+
+def test_a_file_is_given_back_for_three_days(api: FakeApi, clock: Clock, said: list[str]) -> None:
+    classic(api)
+    media_id = media(api, "image", form(b"\r\n--b\r\n", "照片.jpg"))["media_id"]
+    assert f"照片.jpg is here: image, 7 bytes, MediaId {media_id}" in said[-2]
+    clock.now += 3 * 86400 - 1
+    classic(api)
+    path = f"/cgi-bin/media/get?access_token={api.token}"
+    with urllib.request.urlopen(f"{api.base}{path}&media_id={media_id}", timeout=10) as answer:
+        assert (answer.read(), answer.headers["Content-Type"]) == (b"\r\n--b\r\n", "image/jpeg")
+    clock.now += 1
+    assert fetch(api.base, f"{path}&media_id={media_id}")["errcode"] == 40007
+    assert fetch(api.base, f"{path}&media_id=none")["errcode"] == 40007
+    assert fetch(api.base, path)["errcode"] == 41006
+
+
+def test_of_many_files_the_last_are_remembered(api: FakeApi) -> None:
+    classic(api)
+    made = [media(api, "image", form(b"x", "a.jpg"))["media_id"] for _ in range(101)]
+    path = f"/cgi-bin/media/get?access_token={api.token}&media_id="
+    assert fetch(api.base, path + made[0])["errcode"] == 40007
+    assert urllib.request.urlopen(api.base + path + made[1], timeout=10).read() == b"x"
+
+
+def test_every_other_path_is_ok_with_a_good_token_and_what_it_got_is_said(
+    api: FakeApi, said: list[str]
+) -> None:
+    classic(api)
+    said.clear()
+    menu = {"button": [{"name": "今日", "type": "click", "key": "K"}]}
+    path = "/cgi-bin/menu/create"
+    assert errcode(api, path, json.dumps(menu, ensure_ascii=False).encode()) == 0
+    assert errcode(api, path, menu, token="never-given") == 40001
+    assert errcode(api, "/cgi-bin/get_current_selfmenu_info") == 0
+    assert [line.split(" ", 1)[1] for line in said] == [
+        f'{path} got {{"button": [{{"name": "今日", "type": "click", "key": "K"}}]}}',
+        f"POST {path} ok",
+        f"POST {path} errcode 40001",
+        "GET /cgi-bin/get_current_selfmenu_info ok",
+    ]
+
+
 def test_every_request_is_one_line_without_secrets(api: FakeApi, said: list[str]) -> None:
     token = classic(api)["access_token"]
     stable(api)
@@ -327,7 +419,7 @@ def test_every_request_is_one_line_without_secrets(api: FakeApi, said: list[str]
         "POST /cgi-bin/stable_token ok",
         "GET /cgi-bin/getcallbackip ok",
         "GET /cgi-bin/getcallbackip errcode 40001",
-        "GET /cgi-bin/token not JSON",
+        "GET /cgi-bin/token text/html",
     ]
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in said)
 
@@ -336,7 +428,7 @@ MALFORMED = [
     (b"POST /x HTTP/1.0\r\nContent-Length: ten\r\n\r\n", b"400"),
     (b"POST /x HTTP/1.0\r\nContent-Length: -1\r\n\r\n", b"400"),
     (b"POST /x HTTP/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"400"),
-    (b"POST /x HTTP/1.0\r\nContent-Length: 1048577\r\n\r\n", b"413"),
+    (b"POST /x HTTP/1.0\r\nContent-Length: 12582913\r\n\r\n", b"413"),
     (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
     (b"POST /cgi-bin/stable_token HTTP/1.0\r\nContent-Length: 9\r\n\r\n{}", b"200"),
     (b"GET http://[/cgi-bin/token?appid=%ff&=&& HTTP/1.0\r\n\r\n", b"200"),

@@ -3,7 +3,7 @@
     python -m wxsim api
 
 Sources of the rules: the platform's 获取 Access token, 获取稳定版接口调用凭据, 发送客服消息,
-客服输入状态, 网络通信检测 and 全局返回码.
+客服输入状态, 网络通信检测, 新增临时素材, 获取临时素材 and 全局返回码.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ OVERLAP = 300  # seconds for which an old token and the new one are both good
 A_DAY = {"token": 2000, "force_refresh": 20}  # quotas
 FORCED_APART = 30  # seconds between two force_refresh; a sooner one does not refresh
 BEIJING = 8 * 3600  # seconds; the platform's days begin at midnight there
-LARGEST_BODY = 1048576  # bytes
+LARGEST_BODY = 12 * 1048576  # bytes
 KEPT = 10_000  # requests and tokens that are remembered
+FILES_KEPT, FILE_LIFE = 100, 3 * 86400  # in number, and in seconds
 GARBAGE = b"<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 
 ERRMSG = {
@@ -43,7 +44,14 @@ ERRMSG = {
     40001: "invalid credential, access_token is invalid or not latest",
     40002: "invalid grant_type",
     40003: "invalid openid",
+    40004: "invalid media type",
+    40005: "invalid file type",
+    40007: "invalid media_id",
     40008: "invalid message type",
+    40009: "invalid image size",
+    40010: "invalid voice size",
+    40011: "invalid video size",
+    40012: "invalid thumb size",
     40013: "invalid appid",
     40014: "invalid access_token",
     40066: "invalid url",
@@ -55,12 +63,17 @@ ERRMSG = {
     41001: "access_token missing",
     41002: "appid missing",
     41004: "appsecret missing",
+    41005: "media data missing",
+    41006: "media_id missing",
     42001: "access_token expired",
     43002: "require POST method",
     44002: "empty post data",
     44004: "empty content",
+    45002: "content size out of limit",
     45009: "reach max api daily quota limit",
     45011: "api minute-quota reach limit, must slower, retry next minute",
+    45015: "response out of time limit or subscription is canceled",
+    45047: "out of response count limit",
     45072: "invalid command",
     47001: "data format error",
     48001: "api unauthorized",
@@ -69,9 +82,23 @@ ERRMSG = {
     89506: "24小时内不可再使用该IP调用",
     89507: "1小时内不可再使用该IP调用",
 }
+# The largest file in bytes, the errcode of a larger one, and the endings of its name.
+_FILES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "image": (10 * 1048576, 40009, (".png", ".jpg", ".jpeg", ".gif")),
+    "voice": (2 * 1048576, 40010, (".amr", ".mp3")),
+    "video": (10 * 1048576, 40011, (".mp4",)),
+    "thumb": (65536, 40012, (".jpg",)),
+}
+_FORM = re.compile(
+    rb"--(?P<boundary>[^\r\n]+)\r\n"
+    rb'Content-Disposition: form-data; name="media"; filename="(?P<name>[^"\r\n]+)"\r\n'
+    rb"Content-Type: (?P<type>[^\r\n]+)\r\n\r\n(?P<content>.+)\r\n--(?P=boundary)--\r\n",
+    re.DOTALL,
+)
 _MSGTYPES = ["text", "image", "voice", "video", "music", "news", "mpnews", "mpnewsarticle"]
 _MSGTYPES += ["msgmenu", "wxcard", "miniprogrampage"]
 _OK = {"errcode": 0, "errmsg": "ok"}
+_JSON = "application/json; encoding=utf-8"
 
 
 def error(errcode: int) -> bytes:
@@ -88,11 +115,24 @@ class _Refused(Exception):
         self.errcode = errcode
 
 
+def _refuse_if(wrong: object, errcode: int) -> None:
+    if wrong:
+        raise _Refused(errcode)
+
+
 @dataclass
 class _Token:
     text: str
     end: float  # Unix seconds
     errcode: int = 42001  # what it is met with after its end
+
+
+@dataclass
+class _File:
+    kind: str
+    content: bytes
+    content_type: str
+    end: float  # Unix seconds
 
 
 @dataclass(repr=False)
@@ -126,6 +166,7 @@ class FakeApi:
     def __post_init__(self) -> None:
         """Begin with no token and nothing used of the quotas."""
         self._tokens: dict[str, _Token] = {}
+        self._files: dict[str, _File] = {}  # by MediaId
         self._classic: _Token | None = None
         self._stable: _Token | None = None
         self._forced_at = float("-inf")
@@ -155,23 +196,26 @@ class FakeApi:
                 if token.end > self.clock():
                     token.end, token.errcode = self.clock(), 42001
 
-    def answer(self, method: str, target: str, body: bytes) -> bytes:
-        """Return the body of the answer to a request."""
+    def answer(self, method: str, target: str, body: bytes) -> tuple[bytes, str]:
+        """Return the body of the answer to a request, and its Content-Type."""
         with self._lock:
             if self.failure is not None:
                 self._note(method, target, body)
-                return self.failure
+                return self.failure, "text/html" if self.failure.startswith(b"<") else _JSON
             try:
-                return json.dumps(self._answer(method, target, body)).encode()
+                answer = self._answer(method, target, body)
             except _Refused as refused:
-                return error(refused.errcode)
+                return error(refused.errcode), _JSON
+            if isinstance(answer, _File):
+                return answer.content, answer.content_type
+            return json.dumps(answer).encode(), _JSON
 
     def tell(self, text: str) -> None:
         """Say one line, with the time and without control characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         self.say(f"{time.strftime('%H:%M:%S', time.localtime(self.clock()))} {line[:2048]}")
 
-    def _answer(self, method: str, target: str, body: bytes) -> dict[str, Any]:
+    def _answer(self, method: str, target: str, body: bytes) -> dict[str, Any] | _File:
         path, _, query = target.partition("?")
         asked = {name: values[0] for name, values in parse_qs(query).items()}
         if path == "/cgi-bin/token":
@@ -179,49 +223,52 @@ class FakeApi:
         if path == "/cgi-bin/stable_token":
             return self._fetch(_posted(method, body), self._give_stable)
         self._note(method, target, body)
+        if path == "/video":  # what video_url names
+            return self._find_file(asked)
         self._check(asked.get("access_token", ""))
-        if path == "/cgi-bin/getcallbackip":
-            return {"ip_list": ["101.226.62.77"]}
-        if path == "/cgi-bin/message/custom/send":
-            return self._send(_posted(method, body))
-        if path == "/cgi-bin/message/custom/typing":
-            return self._typing(_posted(method, body))
-        if path == "/cgi-bin/callback/check":
-            return _check_callback(_posted(method, body))
-        raise _Refused(40066)
+        match path.removeprefix("/cgi-bin/"):
+            case "getcallbackip":
+                return {"ip_list": ["101.226.62.77"]}
+            case "message/custom/send":
+                return self._send(_posted(method, body))
+            case "message/custom/typing":
+                return self._typing(_posted(method, body))
+            case "callback/check":
+                return _check_callback(_posted(method, body))
+            case "media/upload":
+                return self._upload(asked.get("type", ""), method, body)
+            case "media/get":
+                file = self._find_file(asked)
+                url = f"{self.base}/video?media_id={asked['media_id']}"
+                return {"video_url": url} if file.kind == "video" else file
+        _refuse_if(not re.fullmatch("/cgi-bin(/[a-z_]+)+", path), 40066)
+        if body:
+            self.tell(f"{path} got {body[:2048].decode(errors='replace')}")
+        return _OK
 
     def _note(self, method: str, target: str, body: bytes) -> None:
-        self.calls.append((method, target, body))
+        self.calls.append((method, target, body[:65536]))
         del self.calls[:-KEPT]
 
     def _check(self, text: str) -> None:
-        if not text:
-            raise _Refused(41001)
-        if self.dead:
-            raise _Refused(self.dead)
-        if not re.fullmatch(r"[\w-]+", text, re.ASCII):
-            raise _Refused(40014)
+        _refuse_if(not text, 41001)
+        _refuse_if(self.dead, self.dead)
+        _refuse_if(not re.fullmatch(r"[\w-]+", text, re.ASCII), 40014)
         token = self._tokens.get(text)
         if not token:
             raise _Refused(40001)
-        if self.clock() >= token.end:
-            raise _Refused(token.errcode)
+        _refuse_if(self.clock() >= token.end, token.errcode)
 
     def _fetch(self, asked: dict[str, Any], give: Callable[[bool], _Token]) -> dict[str, Any]:
         self.fetches.append(asked)
         del self.fetches[:-KEPT]
         self.on_fetch()
         appid, secret = asked.get("appid"), asked.get("secret")
-        if asked.get("grant_type") != "client_credential":
-            raise _Refused(40002)
-        if not appid:
-            raise _Refused(41002)
-        if appid != (self.appid or appid):
-            raise _Refused(40013)
-        if not secret:
-            raise _Refused(41004)
-        if secret != (self.appsecret or secret):
-            raise _Refused(40125)
+        _refuse_if(asked.get("grant_type") != "client_credential", 40002)
+        _refuse_if(not appid, 41002)
+        _refuse_if(appid != (self.appid or appid), 40013)
+        _refuse_if(not secret, 41004)
+        _refuse_if(secret != (self.appsecret or secret), 40125)
         token = give(asked.get("force_refresh") is True)
         self.token = token.text
         left = round(token.end - self.clock()) if self._has_life() else self.expires_in
@@ -249,8 +296,7 @@ class FakeApi:
 
     def _spend(self, quota: str) -> None:
         today = (self.clock() + BEIJING) // 86400
-        if self._used[quota, today] >= A_DAY[quota]:
-            raise _Refused(45009)
+        _refuse_if(self._used[quota, today] >= A_DAY[quota], 45009)
         self._used[quota, today] += 1
 
     def _has_life(self) -> bool:
@@ -265,33 +311,55 @@ class FakeApi:
         return token
 
     def _send(self, message: dict[str, Any]) -> dict[str, Any]:
-        touser, msgtype = _openid(message), message.get("msgtype")
-        if msgtype not in _MSGTYPES:
-            raise _Refused(40008)
+        touser, msgtype = _openid(message), message.get("msgtype", "")
+        _refuse_if(msgtype not in _MSGTYPES, 40008)
         content = message.get(msgtype)
         if not isinstance(content, dict):
             raise _Refused(47001)
         shown: Any = f"[{msgtype}] {json.dumps(content, ensure_ascii=False)}"
         if msgtype == "text":
             shown = content.get("content")
-            if not shown or not isinstance(shown, str):
-                raise _Refused(44004)
+            _refuse_if(not shown or not isinstance(shown, str), 44004)
         self.tell(f"{touser} sees: {shown}")
         return _OK
 
+    def _upload(self, kind: str, method: str, body: bytes) -> dict[str, Any]:
+        _refuse_if(method != "POST", 43002)
+        _refuse_if(kind not in _FILES, 40004)
+        form = _FORM.fullmatch(body)
+        if not form:
+            raise _Refused(41005)
+        largest, too_large, endings = _FILES[kind]
+        name, content = form["name"].decode(errors="replace"), form["content"]
+        _refuse_if(not name.lower().endswith(endings), 40005)
+        _refuse_if(len(content) > largest, too_large)
+        now, media_id = self.clock(), secrets.token_urlsafe(48)
+        self._files[media_id] = _File(
+            kind, content, form["type"].decode("latin-1"), now + FILE_LIFE
+        )
+        if len(self._files) > FILES_KEPT:
+            del self._files[next(iter(self._files))]
+        self.tell(f"{name} is here: {kind}, {len(content)} bytes, MediaId {media_id}")
+        key = "thumb_media_id" if kind == "thumb" else "media_id"
+        return {"type": kind, key: media_id, "created_at": int(now)}
+
+    def _find_file(self, asked: dict[str, str]) -> _File:
+        _refuse_if("media_id" not in asked, 41006)
+        file = self._files.get(asked["media_id"])
+        if not file or self.clock() >= file.end:
+            raise _Refused(40007)
+        return file
+
     def _typing(self, asked: dict[str, Any]) -> dict[str, Any]:
         touser, command = _openid(asked), asked.get("command")
-        if command not in ("Typing", "CancelTyping"):
-            raise _Refused(45072)
+        _refuse_if(command not in ("Typing", "CancelTyping"), 45072)
         self.tell(f"{touser} sees: {'typing…' if command == 'Typing' else 'typing no more'}")
         return _OK
 
 
 def _posted(method: str, body: bytes) -> dict[str, Any]:
-    if method != "POST":
-        raise _Refused(43002)
-    if not body:
-        raise _Refused(44002)
+    _refuse_if(method != "POST", 43002)
+    _refuse_if(not body, 44002)
     try:
         posted = json.loads(body)
     except (ValueError, RecursionError):
@@ -309,11 +377,9 @@ def _openid(asked: dict[str, Any]) -> str:
 
 
 def _check_callback(asked: dict[str, Any]) -> dict[str, Any]:
-    action, operator = asked.get("action"), asked.get("check_operator")
-    if action not in ("all", "dns", "ping"):
-        raise _Refused(40202)
-    if operator not in ("DEFAULT", "CHINANET", "UNICOM", "CAP"):
-        raise _Refused(40203)
+    action, operator = asked.get("action", ""), asked.get("check_operator")
+    _refuse_if(action not in ("all", "dns", "ping"), 40202)
+    _refuse_if(operator not in ("DEFAULT", "CHINANET", "UNICOM", "CAP"), 40203)
     sender = "UNICOM" if operator == "DEFAULT" else operator
     ping = {"ip": "127.0.0.1", "from_operator": sender, "package_loss": "0%", "time": "0.045ms"}
     found = {"dns": [{"ip": "127.0.0.1", "real_operator": "UNICOM"}], "ping": [ping]}
@@ -350,11 +416,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         api = self.server.api
         time.sleep(api.delay)
-        answer = api.answer(self.command, self.path, body)
-        self.outcome = _outcome(answer)
+        answer, content_type = api.answer(self.command, self.path, body)
+        self.outcome = _outcome(answer) if content_type == _JSON else content_type
         self.send_response(api.status)
-        kind = "text/html" if answer.startswith(b"<") else "application/json; encoding=utf-8"
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         if api.location:
             self.send_header("Location", api.location)
         self.send_header("Content-Length", str(len(answer)))
