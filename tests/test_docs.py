@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run, message_xml, signed
+from conftest import APPID, APPSECRET, ROOT, Run, message_xml, signed
 from serving import Server
 from webtest import TestApp
 
 import wechat.config
 from wechat.message import from_xml
+from wxsim.fake_api import FakeApi
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
@@ -160,3 +161,23 @@ def test_the_reply_of_the_documents_tells_how_a_follower_came() -> None:
 
     assert reply("subscribe", "qrscene_7") == reply("SCAN", "7") == "You came by the code 7."
     assert reply("subscribe", "last_trade_no_1") is reply("subscribe", "") is None
+
+
+def test_the_files_of_the_documents_go_up_and_come_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_api: FakeApi
+) -> None:
+    config = tmp_path / "config.ini"
+    account = f"[wechat]\nappid = {APPID}\nappsecret = {APPSECRET}\n"
+    config.write_text(f"{account}[access_token]\napi_base = {fake_api.base}\n")
+    monkeypatch.setenv("WXSERVER_CONFIG", str(config))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes(b"a photo")
+    (tmp_path / "pictures").mkdir()
+    names: dict[str, Any] = {}
+    exec(python("docs/replies.md", "upload("), names)
+    sent = [names["reply"]({"MsgType": "text", "Content": "picture"}) for _ in range(2)]
+    assert sent[0] == sent[1]
+    media_id = sent[0]["Image"]["MediaId"]
+    saved = names["reply"]({"MsgType": "image", "MediaId": media_id, "MsgId": "7"})
+    assert saved == "Saved."
+    assert (tmp_path / "pictures" / "7.jpg").read_bytes() == b"a photo"
