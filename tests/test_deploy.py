@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,64 @@ def test_the_environment_file_names_what_the_config_reads() -> None:
     names = {line.partition("=")[0] for line in lines if not line.startswith("#")}
     settings = [each for keys in wechat.config.settings().values() for each in keys.values()]
     assert names == {setting.environment for setting in settings} - {""} | {"GUNICORN_CMD_ARGS"}
+
+
+def shell(page: str, words: str) -> list[str]:
+    """Return the commands of the shell example of a page in which ``words`` stand."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return next(str(block) for block in blocks if words in block).splitlines()
+
+
+def test_what_is_copied_to_opt_is_what_runs(tmp_path: Path) -> None:
+    [copy] = [line for line in shell("README.md", "useradd") if line.startswith("tar ")]
+    subprocess.run(
+        ["sh", "-ec", copy.replace("/opt/wxserver", str(tmp_path))], cwd=ROOT, check=True
+    )
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert {"wxserver.py", "gunicorn.conf.py", "once.py", "wxrun", "Makefile"} <= names
+    assert not {".git", "__pycache__", "tests", "bench", ".venv", "state"} & names
+
+
+def test_a_second_account_has_a_path_port_and_folder_of_its_own(tmp_path: Path) -> None:
+    site = tmp_path / "etc/nginx/sites-enabled/wxserver"
+    site.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "nginx.conf", site)
+    commands = shell("docs/deploying.md", "news")
+    files = [line for line in commands if line.startswith(("install ", "sed "))]
+    script = "\n".join(files).replace("/etc/", f"{tmp_path}/etc/")
+    subprocess.run(["sh", "-ec", script], cwd=ROOT, check=True)
+    account = tmp_path / "etc/wxserver/news"
+    config = wechat.config.load(account / "config.ini", {})
+    assert (config.path, config.state_dir) == ("/news", Path("/var/lib/wxserver/news"))
+    assert "\nGUNICORN_CMD_ARGS=--bind=127.0.0.1:8001\n" in (account / "environment").read_text()
+    assert (account / "environment").stat().st_mode & 0o777 == 0o600
+    for location in (
+        "= /wx { proxy_pass http://127.0.0.1:8000;",
+        "= /news { proxy_pass http://127.0.0.1:8001;",
+    ):
+        assert f"    location {location} }}\n" in site.read_text()
+
+
+def test_wxrun_runs_a_program_with_the_config_and_secrets_of_an_account(tmp_path: Path) -> None:
+    wxrun = (ROOT / "deploy" / "wxrun").read_text()
+    become = "setpriv --reuid=wxserver --regid=wxserver --clear-groups .venv/bin/python"
+    for old, new in (
+        (become, sys.executable),  # only root can become another user
+        ("/etc/wxserver", str(tmp_path)),
+        ("/opt/wxserver", str(ROOT)),
+    ):
+        assert old in wxrun
+        wxrun = wxrun.replace(old, new)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "config.ini").write_text("[server]\npath = /shop\n")
+    (tmp_path / "shop" / "environment").write_text("WX_TOKEN=ofShop\n")
+    show = "import wechat.config as c; print(c.load().path, c.load().token)"
+    result = subprocess.run(
+        ["sh", "-c", wxrun, "wxrun", "shop", "-c", show],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "/shop ofShop\n", result.stderr
+    result = subprocess.run(["sh", "-c", wxrun], capture_output=True, text=True, check=False)
+    assert "wxrun NAME PROGRAM" in result.stderr
