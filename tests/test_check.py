@@ -451,7 +451,7 @@ def checked(loss: str, dns: Any = ({"ip": "8.8.8.8", "real_operator": "CAP"},)) 
         (b'{"dns": [{"ip": "8.8.8.8"}], "ping": []}', "no ping"),
         (b'{"dns": [{"ip": "8.8.8.8"}], "ping": ["8.8.8.8"]}', "no ping"),
         (b"{}", "cannot resolve"),
-        (fake_api.error(40201), "微信开发者平台 → 我的业务 → 公众号/服务号 → 基础信息 → 域名"),
+        (fake_api.error(40201), "developers.weixin.qq.com/platform → 我的业务"),
         (fake_api.error(45009), "errcode 45009"),
     ],
 )

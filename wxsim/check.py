@@ -21,16 +21,13 @@ import wechat.api
 import wechat.config
 import wechat.crypto
 from wechat.api import ApiError
-from wechat.config import Config, ConfigError
+from wechat.config import CALLBACK_CONSOLE, Config, ConfigError
 from wxsim import client
 from wxsim.client import Account, NoAnswer
 
 ROOM = 16384  # bytes: the token's file and its successor
-_SECRETS = [("wechat", key) for key in ("token", "appsecret", "encoding_aes_key")]
-_SECRETS += [("shared", "redis")]  # and every key of [central]
 _NO_URL = 40201  # errcode of callback/check
 INTERRUPTED = "interrupted"
-_CONSOLE = "微信开发者平台 → 我的业务 → 公众号/服务号 → 基础信息 → 域名与消息推送配置"
 
 
 class Fault(Exception):
@@ -43,7 +40,7 @@ def main(url: str) -> int:
     ``url`` is the callback's public address; without it the callback cannot be checked, which is
     not ok. Return the exit status: 0 when all is ok, else 1.
     """
-    path = Path(os.environ.get("WXSERVER_CONFIG") or wechat.config.HERE / "config.ini").absolute()
+    path = wechat.config.config_path()
     try:
         config, problem = wechat.config.load(path), ""
     except ConfigError as error:
@@ -99,8 +96,12 @@ def _permissions(config: Config, path: Path) -> str:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.read_string(path.read_text(encoding="utf-8-sig"))
     info, me = path.stat(), os.geteuid()
-    clients = [("central", name) for name in parser["central"]] if "central" in parser else []
-    if any(parser.get(*key, fallback="").strip() for key in (*_SECRETS, *clients)):
+    rules = wechat.config.settings()
+    if any(
+        value.strip() and (section == "central" or rules[section][key].is_secret)
+        for section in parser.sections()
+        for key, value in parser[section].items()
+    ):
         if info.st_mode & 0o077:
             own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
             raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")
@@ -122,7 +123,7 @@ def _state_directory(folder: Path) -> str:
     if owner != me and (nearest == folder or me == 0):
         raise Fault(
             f"{nearest} is {_user(owner)}'s, and this runs as {_user(me)}; run it as the server's"
-            " user: when deployed, deploy/wxrun -m wxsim check"
+            " user: when deployed, deploy/wxrun NAME -m wxsim check"
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -211,10 +212,10 @@ def _callback_check(config: Config) -> str:
     except ApiError as error:
         if error.errcode != _NO_URL:
             raise
-        raise Fault(f"errcode {_NO_URL}: the console has no URL yet: {_CONSOLE}") from None
+        raise Fault(f"errcode {_NO_URL}: the console has no URL yet: {CALLBACK_CONSOLE}") from None
     dns, pings = answer.get("dns"), answer.get("ping")
     if not dns or not isinstance(dns, list):
-        raise Fault(f"WeChat cannot resolve the name in the console's URL: {_CONSOLE}")
+        raise Fault(f"WeChat cannot resolve the name in the console's URL: {CALLBACK_CONSOLE}")
     if not pings or not isinstance(pings, list) or not all(isinstance(p, dict) for p in pings):
         raise Fault("WeChat resolves the name in the console's URL, but tells of no ping")
     lost = [str(p.get("ip")) for p in pings if p.get("package_loss") != "0%"]
