@@ -159,10 +159,11 @@ class TokenStore:
                 return state
             if not self._seconds_to_wait(state):
                 self._limit_refusals(state, stale)
-                if tried := self._try_fetch(state, stale):
-                    if not tried.failure:
-                        return tried
-                    state = tried
+                if fetched := self._try_fetch(state, stale):
+                    if not fetched.failure:
+                        return fetched
+                    state = fetched
+            # While another process fetches, and after a failure, any token that is valid will do.
             if state.access_token != stale and self._seconds_left(state) > 0:
                 return state
             if wait := self._seconds_to_wait(state):
