@@ -133,13 +133,12 @@ def _is_typed(path: _Path, leaves: list[_Leaf]) -> bool:
     WeChat never puts a CDATA section beside an element of the same name, nor into an element of the
     message itself whose name is repeated. ``to_xml`` writes such lists without CDATA.
     """
-    field, parents, name = path[0], path[:-1], path[-1][0]
+    field, field_name = path[0], path[0][0]
     for other, _, _ in leaves:
-        if other[0] == field:
-            if other[:-1] == parents and other[-1][0] == name:
+        if other[0][0] == field_name:
+            is_beside = other[:-1] == path[:-1] and other[-1][0] == path[-1][0]
+            if is_beside or other[0] != field:
                 return True
-        elif other[0][0] == field[0]:
-            return True
     return False
 
 
