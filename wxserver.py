@@ -101,7 +101,7 @@ def create_application(
         if message_cipher:
             _parameter(query, "msg_signature")  # without one, the body is not even read
             encrypt = crypto.find_encrypt(read_body(environ, config.max_body))
-            check_signature("msg_signature", encrypt)
+            check_signature("msg_signature", encrypt)  # signature does not cover the body
             xml = message_cipher.decrypt(encrypt)
         elif config.encryption == "safe":
             raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")

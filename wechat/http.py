@@ -68,9 +68,10 @@ def as_wsgi(
         try:
             status, headers, body = respond(environ)
         except refusals as error:
-            status, headers = statuses.get(type(error), ""), TEXT
             if isinstance(error, Refused):
                 status, headers = error.status, [*TEXT, *error.headers]
+            else:
+                status, headers = statuses[type(error)], TEXT
             body = f"{status}\n".encode()
             level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
             log.log(level, "%s: %s", status, error)

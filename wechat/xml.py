@@ -10,8 +10,8 @@ WeChat puts what a follower typed into a CDATA section without escaping it. Here
 
 No XML parser reads this. ``from_xml`` may end a CDATA section at any end mark of its element, here
 at either ``]]></Content>``. After the first one stands ``2``, which is no tag, so Content ends at
-the second. A choice of ends that makes sense of the whole body is a reading of it. If there are
-several, the simplest one is right: the one with the lowest ``_cost``.
+the second. Each choice of ends is a reading of the body. Of the readings that make sense of the
+whole body, the simplest one is right: the one with the lowest ``_cost``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _simplest_reading(body: str) -> list[_Leaf]:
         if simplest is None or _cost(leaves) < lowest_cost:
             if place == complete:
                 simplest, lowest_cost = leaves.copy(), _cost(leaves)
-                if lowest_cost[1] == 0:  # moving an end adds a text that contains "]]>"
+                if lowest_cost[1] == 0:  # no other reading is simpler: moving an end adds a "]]>"
                     break
             after = _read_tag(body, place, leaves)
         after = after or _move_last_end(body, leaves)
@@ -145,8 +145,8 @@ def _is_typed(path: _Path, leaves: list[_Leaf]) -> bool:
 def _cost(leaves: list[_Leaf]) -> tuple[int, int, int]:
     """Return what a simple reading has few of, the most important first.
 
-    These are: texts that contain "]]>" though no follower is known to fill the field, all texts
-    that contain "]]>", and elements.
+    First texts that contain "]]>" in fields that no follower is known to fill, then all texts that
+    contain "]]>", then elements.
     """
     names = [path[-1][0] for path, text, _ in leaves if "]]>" in text]
     unlikely = sum(name not in FILLED_BY_FOLLOWERS for name in names)
@@ -178,7 +178,7 @@ def _tree(leaves: list[_Leaf]) -> Message:
 
 
 def _add(elements: dict[_Path, Message], path: _Path, value: Any) -> None:
-    """Put ``value`` at ``path``, and first make the elements around it."""
+    """Put ``value`` at ``path``; make the elements around it if they are missing."""
     parents, name = path[:-1], path[-1][0]
     if parents not in elements:
         elements[parents] = {}
