@@ -25,17 +25,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
-POLL = 0.02  # seconds between two tries for the lock: flock itself has no time limit
-FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds to leave WeChat alone after a failure, doubling
+POLL = 0.02  # seconds between two tries to get the lock
+FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds from a failed fetch to the next; doubled each time
 REFUSED_APART = 30.0  # seconds between two refused tokens; the platform's rule for force_refresh
 LONGEST_LIFE = 7200  # seconds; the platform's limit for expires_in
-CLOCK_STEP = 60.0  # seconds that a clock set back may hide of a token's age
+CLOCK_STEP = 60.0  # seconds; a clock that was set back further says nothing of a token's age
 FILE_SIZE = 8192  # bytes; a token needs 512
 
-_TOKEN = re.compile("[!-~]{1,1024}")
+_ACCESS_TOKEN = re.compile("[!-~]{1,1024}")
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-_fetching: dict[tuple[int, str], int] = {}  # the thread that fetches, by process and lock file
-# Unlike time.time() nobody can set it. CLOCK_BOOTTIME also counts while the machine is suspended.
+_lock_holders: dict[tuple[int, str], int] = {}  # the thread, by process id and lock file
+# Nobody can set this clock back. CLOCK_BOOTTIME also counts while the machine is suspended.
 uptime = functools.partial(
     time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 )
@@ -43,7 +43,7 @@ log = logging.getLogger("token_store")
 
 
 class ApiError(Exception):
-    """WeChat refused with ``errcode``, or did not answer (None). One line: why, and what to do."""
+    """A call failed. One line: why, and what to do. ``errcode`` is WeChat's, None without one."""
 
     def __init__(self, message: str, errcode: int | None = None) -> None:
         super().__init__(message)
@@ -54,52 +54,52 @@ class TokenError(ApiError):
     """There is no access_token to give."""
 
 
-# Returns a token and the seconds it lives. Its argument is "", or a token that WeChat refused and
-# then gave again: only another one will do (force_refresh). Raises ApiError or OSError.
+# Fetches a token; returns it and the seconds it lives. The argument is "", or a token that WeChat
+# refused and yet returned again, so that a new one must be forced. Raises ApiError or OSError.
 Fetch = Callable[[str], tuple[str, int]]
 Replace = Callable[[bytes], None]  # replaces the state as a whole
 
 
 class Place(Protocol):
-    """Where the state is kept for all threads and processes. OSError: it cannot be used now."""
+    """Keeps the state for all threads and processes. Its methods raise OSError when they fail."""
 
     name: str  # for errors
-    one_machine: bool  # False: its readers have different uptimes
+    one_machine: bool  # False: several machines use it, each with its own uptime
 
     def read(self, latest: bool, /) -> bytes:
-        """Return the state, nothing when there is none; not from a cache when ``latest``."""
+        """Return the state, empty if there is none. ``latest``: do not use a cache."""
 
     def lock(self) -> contextlib.AbstractContextManager[Replace | None]:
-        """Try once to lock the state, until the block or this process ends. None: it is locked."""
+        """Try once to lock the state until the block or this process ends; None if it is locked."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """What a place keeps, as JSON. Times are Unix seconds, but ``uptime``, read with the first."""
+    """What a place keeps, as JSON. Times are Unix time in seconds, except ``uptime``."""
 
     appid: str
     access_token: str = field(default="", repr=False)
     expires_in: int = 0
     fetched_at: float = 0.0
-    uptime: float = 0.0
+    uptime: float = 0.0  # at ``fetched_at``
     refused_at: float = 0.0  # when WeChat was last asked to replace a token that it had refused
-    failure: str = ""  # of the last fetch
-    errcode: int | None = None
-    wait: float = 0.0  # seconds from that failure to the next try
+    failure: str = ""  # why the last fetch failed
+    errcode: int | None = None  # of this failure
+    wait: float = 0.0  # seconds from this failure to ``retry_at``
     retry_at: float = 0.0
 
 
 class TokenStore:
-    """Gives out the account's access_token, fetched once for every thread and process.
+    """Gives out the account's access_token, which is fetched once for all threads and processes.
 
     Args:
         appid: the account's AppID; a state of another account is never used.
-        place: where the state of the token is kept.
-        fetch: how a token is fetched.
-        margin: seconds before its end at which a token is renewed, but at most half its life.
-        give_up_after: seconds to wait for another process: two exchanges with WeChat, and some.
+        place: keeps the token and what else is known of it.
+        fetch: fetches a token.
+        margin: seconds before its expiry at which a token is renewed, but at most half its life.
+        give_up_after: seconds to wait while another process fetches, in up to two exchanges.
         clock: Unix time in seconds.
-        uptime: seconds since a moment that is the same for all processes of this machine.
+        uptime: seconds since this machine started, the same for all its processes.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class TokenStore:
         self._margin, self._give_up_after = max(margin, 0), give_up_after
         self._clock, self._uptime = clock, uptime
         self._empty = _State(appid)
-        # What the place holds, None while it cannot be read, and the state that this process goes
-        # by. It is another one than the place holds when the place cannot be written.
+        # What the place holds (None: it cannot be read), and the state that this process uses. They
+        # differ when the place cannot be written. In one tuple, since threads share it.
         self._known: tuple[bytes | None, _State] = (b"", self._empty)
 
     def get(self) -> str:
         """Return a valid token: from memory, from the place or from WeChat.
 
-        Near expiry one process fetches; the others go on with the token that is still valid.
+        Near expiry one process fetches; the others use the token that is still valid.
 
         Raises:
             TokenError: there is none, and none can be fetched now.
@@ -135,21 +135,21 @@ class TokenStore:
     def refresh(self, stale: str) -> str:
         """Return another token than ``stale``, which WeChat refused with 40001, 40014 or 42001.
 
-        The first caller causes a fetch; all later callers get what that fetch brought.
+        The first caller causes a fetch; later callers with the same ``stale`` get its token.
 
         Raises:
             TokenError: none can be fetched now, or another token was refused within
-                ``REFUSED_APART`` (45011). ``get`` still returns the old one until its end.
+                ``REFUSED_APART`` (45011). ``get`` still returns ``stale`` until it expires.
         """
         return self._renew(stale).access_token
 
     def lease(self, stale: str | None = None) -> tuple[str, float]:
-        """Return a token as ``get`` or ``refresh(stale)`` does, and the seconds it still lives."""
+        """Return a token like ``get`` or ``refresh(stale)``, and the seconds until it expires."""
         state = self._renew(stale)
         return state.access_token, self._seconds_left(state)
 
     def _renew(self, stale: str | None = None) -> _State:
-        """Return a state with a token that is valid and not ``stale``; fetch it when needed."""
+        """Return a state with a token that is valid and not ``stale``; fetch one if needed."""
         give_up_at = time.monotonic() + self._give_up_after
         if stale is not None:
             self._read(latest=True)  # another process may have replaced it already
@@ -159,10 +159,11 @@ class TokenStore:
                 return state
             if not self._seconds_to_wait(state):
                 self._limit_refusals(state, stale)
-                if tried := self._try_fetch(state, stale):
-                    if not tried.failure:
-                        return tried
-                    state = tried
+                if fetched := self._try_fetch(state, stale):
+                    if not fetched.failure:
+                        return fetched
+                    state = fetched
+            # While another process fetches, and after a failure, any token that is valid will do.
             if state.access_token != stale and self._seconds_left(state) > 0:
                 return state
             if wait := self._seconds_to_wait(state):
@@ -173,19 +174,19 @@ class TokenStore:
             time.sleep(POLL)
 
     def _seconds_left(self, state: _State) -> float:
-        """Return the seconds that the token still lives, 0 when nobody can know."""
+        """Return the seconds until the token expires, 0 if its age is unknown."""
         age, uptime_age = self._clock() - state.fetched_at, self._uptime() - state.uptime
         if age < -CLOCK_STEP or uptime_age < 0:  # the clock was set back, or the machine restarted
             return 0.0
-        return state.expires_in - (age if age > uptime_age else uptime_age)
+        return state.expires_in - max(age, uptime_age)
 
     def _is_fresh(self, state: _State) -> bool:
         left = self._seconds_left(state)
-        # Without the second half a token that lives shorter than margin is fetched at every call.
+        # A token that lives less than margin is renewed at half its life, not at every call.
         return left > self._margin or left > state.expires_in / 2
 
     def _seconds_to_wait(self, state: _State) -> float:
-        """Return the seconds until WeChat may be asked again after a failure, or 0."""
+        """Return the seconds until the next fetch is allowed after a failure, or 0."""
         wait = state.retry_at - self._clock()
         return wait if 0 < wait <= LONGEST_WAIT else 0.0  # longer: the clock was set back
 
@@ -201,29 +202,32 @@ class TokenStore:
             )
 
     def _try_fetch(self, state: _State, stale: str | None) -> _State | None:
-        """Fetch a token, or note the failure. None: another process fetches, or was quicker."""
-        kept, fetched = self._known[0], None
+        """Fetch a token and save it, or the failure. None: another process does, or has done so."""
+        fetched = None
         try:
             with self._place.lock() as replace_state:
                 if replace_state is None or self._read(latest=True) != state:
                     return None
-                replace_state(_to_json(state))  # proves that a token can be kept, before it exists
-                kept = _to_json(state)
+                self._save(state, replace_state)  # proves that the fetched token can be saved
                 fetched = self._ask(state, stale)
-                replace_state(_to_json(fetched))
-                kept = _to_json(fetched)
+                self._save(fetched, replace_state)
         except OSError as error:
             failure = f"cannot write {error.filename or self._place.name}: {error.strerror}"
             if fetched is None:
                 fetched = self._failed(state, ApiError(failure))
             elif not fetched.failure:
                 log.error("%s; the token that was fetched is known to this process alone", failure)
-        self._known = (kept, fetched)
+            self._known = (self._known[0], fetched)
         return fetched
 
+    def _save(self, state: _State, replace_state: Replace) -> None:
+        data = json.dumps(asdict(state)).encode()
+        replace_state(data)
+        self._known = (data, state)
+
     def _ask(self, state: _State, stale: str | None) -> _State:
-        """Ask WeChat; return the next state, with a token or with the failure."""
-        now, up = self._clock(), self._uptime()  # a token's life begins before it arrives
+        """Ask WeChat for a token; return the next state, with the token or with the failure."""
+        now, uptime = self._clock(), self._uptime()  # a token's life begins before it arrives
         try:
             token, life = self._fetch_valid("")
             if stale == state.access_token:
@@ -233,7 +237,7 @@ class TokenStore:
         except (ApiError, OSError) as error:
             return self._failed(state, error)
         log.info("fetched an access_token, good for %d s", life)
-        return _State(state.appid, token, life, now, up, state.refused_at)
+        return _State(state.appid, token, life, now, uptime, state.refused_at)
 
     def _fetch_valid(self, refused: str) -> tuple[str, int]:
         token, expires_in = self._fetch(refused)
@@ -251,7 +255,7 @@ class TokenStore:
         return replace(state, failure=failure, errcode=errcode, wait=wait, retry_at=retry_at)
 
     def _read(self, latest: bool = False) -> _State:
-        """Return what is known now. While the place cannot be read, a valid token stays known."""
+        """Read the place. If it cannot be read, return the last known state while it is valid."""
         data, state = self._known
         try:
             data_now = self._place.read(latest)
@@ -283,22 +287,20 @@ class TokenStore:
             ):
                 if self._place.one_machine:
                     return state
-                age = max(self._clock() - state.fetched_at, 0)
+                age = max(self._clock() - state.fetched_at, 0)  # by the clocks of two machines
                 return replace(state, uptime=self._uptime() - age)
         log.warning("%s holds no token of this account; taken as empty", self._place.name)
         return self._empty
 
 
 def _is_valid(token: object, life: int) -> bool:
-    return isinstance(token, str) and bool(_TOKEN.fullmatch(token)) and 0 < life <= LONGEST_LIFE
-
-
-def _to_json(state: _State) -> bytes:
-    return json.dumps(asdict(state)).encode()
+    return (
+        isinstance(token, str) and bool(_ACCESS_TOKEN.fullmatch(token)) and 0 < life <= LONGEST_LIFE
+    )
 
 
 class FilePlace:
-    """Keeps the state in a file, for all processes of one machine. The lock is ``path`` + .lock."""
+    """Keeps the state in the file ``path``, for one machine. The lock file is ``path`` + .lock."""
 
     one_machine = True
 
@@ -322,16 +324,16 @@ class FilePlace:
     @contextlib.contextmanager
     def lock(self) -> Iterator[Replace | None]:
         """Try once to get the lock; see ``Place``."""
-        # lockf keeps out other processes, but no other thread of this one. flock would keep out
-        # both, but a forked child would share the lock, and hold it when its parent is killed.
-        path, me = self.name + ".lock", threading.get_ident()
+        # lockf() keeps out other processes, _lock_holders the other threads of this one. flock()
+        # would do both, but a forked child would still hold the lock when its parent is killed.
+        path, this_thread = self.name + ".lock", threading.get_ident()
         key = (os.getpid(), os.path.realpath(path))
-        if _fetching.setdefault(key, me) != me:
+        if _lock_holders.setdefault(key, this_thread) != this_thread:
             yield None
             return
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            # Never unlinked: else two processes could lock two files of one name.
+            # Never unlinked, or two processes could lock two files of the same name.
             with open(os.open(path, _WRITE | os.O_CREAT, 0o600), "wb") as file:
                 locked = False
                 with contextlib.suppress(BlockingIOError):
@@ -339,22 +341,22 @@ class FilePlace:
                     locked = True
                 yield self._replace if locked else None
         finally:
-            del _fetching[key]
+            del _lock_holders[key]
 
     def _replace(self, data: bytes) -> None:
-        """Replace the file: whole, safe from a power loss, and always of the same size."""
-        successor = self.name + ".new"
+        """Replace the file at once, safe from a power loss. Its size is always ``FILE_SIZE``."""
+        new = self.name + ".new"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(successor)  # left by a process that was killed
-        with open(os.open(successor, _WRITE | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.unlink(new)  # left by a process that was killed
+        with open(os.open(new, _WRITE | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data.ljust(FILE_SIZE))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(successor, self.name)
+        os.replace(new, self.name)
 
 
 def _version(stat: os.stat_result) -> tuple[int, ...]:
-    # Every change moves st_ctime, even one that sets st_mtime back.
+    # Every change sets st_ctime to now, even one that sets st_mtime back.
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
@@ -366,9 +368,7 @@ def main() -> None:
         import wechat.api
         import wechat.config
     except ModuleNotFoundError:
-        sys.exit(
-            "token_store: the command needs wechat/api.py and wechat/config.py; TokenStore does not"
-        )
+        sys.exit("token_store: the command needs wechat/api.py and wechat/config.py")
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     try:
         print(wechat.api.token_store(wechat.config.load()).get())

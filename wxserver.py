@@ -1,4 +1,4 @@
-"""HTTP: the WSGI callable ``application``, and the gate that lets nobody in but WeChat.
+"""HTTP: the WSGI callable ``application``. It checks that WeChat sent a request, and answers it.
 
 ``gunicorn wxserver`` serves it; ``python3 wxserver.py`` serves it for a first look, with nothing
 installed. Sources of the rules: the platform's 接入指南, 接收普通消息 and 被动回复用户消息.
@@ -20,7 +20,6 @@ import reply
 import wechat.message
 from wechat import crypto
 from wechat.config import CENTRAL_PATHS, Config, ConfigError, callback_token, load
-from wechat.crypto import DecryptError
 from wechat.http import (
     BAD_REQUEST,
     FORBIDDEN,
@@ -37,35 +36,33 @@ from wechat.http import (
     client_gone,
     read_body,
 )
-from wechat.message import Message, MessageError, Reply, check, from_xml, to_xml
+from wechat.message import Message, MessageError, Reply, from_xml, to_xml
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger("wxserver")
 
-# The parameters of a query that are used, and what they look like.
+# The values that a parameter of the query may have.
 _HEX = re.compile("[0-9a-f]{40}")
 _PARAMETERS = {
     "signature": _HEX,
     "msg_signature": _HEX,
     "timestamp": re.compile("[0-9]{1,11}"),
     "nonce": re.compile("[!-~]{1,128}"),
-    "echostr": re.compile("[\x00-\xff]{1,1024}"),  # any bytes, as latin-1
+    "echostr": re.compile("[\x00-\xff]{1,1024}"),
 }
 MAX_PARAMETERS = 50  # WeChat sends six
 
 _XML: Headers = [("Content-Type", "application/xml")]
+_first_call = threading.Lock()
 
 
 def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """The WSGI callable for config.ini, which is read at the first call."""
-    with _first_call:
+    with _first_call:  # @cache alone would let two threads make it at the same time
         configured = _configured()
     return configured(environ, start_response)
-
-
-_first_call = threading.Lock()
 
 
 @cache
@@ -81,19 +78,19 @@ def create_application(
     """Make the WSGI callable.
 
     Args:
-        config: where the callback lives, its Token and its limits.
-        reply: what the account answers; several threads may call it at once.
+        config: where the callback is, its Token and its limits.
+        reply: returns what the account answers to a message; several threads may call it at once.
         clock: Unix time in seconds.
 
     Raises:
-        ConfigError: no Token is set, and none can be made and kept in ``state_dir``; or
+        ConfigError: no Token is set, and a random one cannot be saved in ``state_dir``; or
             ``encryption`` or Redis needs a package that is not installed.
     """
     cipher, token = crypto.from_config(config), callback_token(config)
-    answer = _answerer(config, reply, clock)
+    answer = _make_answer(config, reply, clock)
 
     def respond(environ: WSGIEnvironment) -> Response:
-        method = _route(environ, config.path)
+        method = _checked_method(environ, config.path)
         query = _query(environ)
         check_signature = partial(_check_signature, query, token, clock(), config.max_age)
         if method == "GET":
@@ -102,9 +99,9 @@ def create_application(
 
         message_cipher = cipher if query.get("encrypt_type") == "aes" else None
         if message_cipher:
-            _parameter(query, "msg_signature")  # before the body is read
+            _parameter(query, "msg_signature")  # without one, the body is not even read
             encrypt = crypto.find_encrypt(read_body(environ, config.max_body))
-            check_signature("msg_signature", encrypt)
+            check_signature("msg_signature", encrypt)  # signature does not cover the body
             xml = message_cipher.decrypt(encrypt)
         elif config.encryption == "safe":
             raise Refused(FORBIDDEN, "the message is not encrypted, and encryption is safe")
@@ -113,7 +110,7 @@ def create_application(
             xml = read_body(environ, config.max_body)
 
         message = from_xml(xml)
-        check(message)
+        wechat.message.check(message)
         xml = answer(message, environ)
         if not xml:
             return OK, TEXT, b"success"  # no reply; it is never encrypted
@@ -122,12 +119,12 @@ def create_application(
             xml = to_xml(crypto.envelope(encrypt, token, query["nonce"], clock()))
         return OK, _XML, xml
 
-    callback = as_wsgi(respond, {MessageError: BAD_REQUEST, DecryptError: FORBIDDEN})
+    callback = as_wsgi(respond, {MessageError: BAD_REQUEST, crypto.DecryptError: FORBIDDEN})
     return _with_central(callback, config) if config.central else callback
 
 
 def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
-    """Send the requests for the access_token to wechat/central.py."""
+    """Let wechat/central.py answer at its two paths, and ``callback`` at all others."""
     from wechat import central
 
     token_service = central.create_application(config)
@@ -139,20 +136,20 @@ def _with_central(callback: WSGIApplication, config: Config) -> WSGIApplication:
     return application
 
 
-def _route(environ: WSGIEnvironment, path: str) -> str:
-    """Return the method of a request for the callback."""
-    asked, method = environ.get("PATH_INFO", ""), str(environ["REQUEST_METHOD"])
-    if asked != path:
-        raise Refused(NOT_FOUND, f"{asked[:80]!r} was asked for; the callback is at {path!r}")
+def _checked_method(environ: WSGIEnvironment, path: str) -> str:
+    """Return GET or POST; refuse other methods, and other paths than the callback's."""
+    requested, method = environ.get("PATH_INFO", ""), str(environ["REQUEST_METHOD"])
+    if requested != path:
+        raise Refused(NOT_FOUND, f"{requested[:80]!r} was asked for; the callback is at {path!r}")
     if method not in ("GET", "POST"):
         raise Refused(METHOD_NOT_ALLOWED, f"{method[:20]!r}", [("Allow", "GET, POST")])
     return method
 
 
 def _query(environ: WSGIEnvironment) -> dict[str, str]:
-    """Return the parameters, none of which may be repeated."""
+    """Return the parameters of the query; refuse a repeated one."""
     text = environ.get("QUERY_STRING", "")
-    try:
+    try:  # latin-1 keeps every byte of echostr, which goes back unchanged
         pairs = parse_qsl(text, True, encoding="latin-1", max_num_fields=MAX_PARAMETERS)
     except ValueError:
         raise Refused(BAD_REQUEST, f"more than {MAX_PARAMETERS} parameters") from None
@@ -169,20 +166,20 @@ def _parameter(query: dict[str, str], name: str) -> str:
 
 
 def _check_signature(
-    query: dict[str, str], token: str, now: float, max_age: int, name: str, *encrypt: str
+    query: dict[str, str], token: str, now: float, max_age: int, name: str, encrypt: str = ""
 ) -> None:
-    """Let nobody in but WeChat, and nothing signed more than ``max_age`` seconds from now.
+    """Refuse what WeChat did not sign, or signed more than ``max_age`` seconds from now.
 
     Args:
         query: has timestamp, nonce and the signature.
         token: the callback's Token.
         now: Unix time in seconds.
-        max_age: in seconds; 0 lets in what is older, too.
+        max_age: in seconds; 0 allows any age.
         name: signature, or msg_signature, which covers ``encrypt`` as well.
         encrypt: the Encrypt of an encrypted message.
     """
     signature, timestamp, nonce = (_parameter(query, each) for each in (name, "timestamp", "nonce"))
-    if not wechat.crypto.verify(signature, token, timestamp, nonce, *encrypt):
+    if not crypto.verify(signature, token, timestamp, nonce, encrypt):
         raise Refused(FORBIDDEN, "wrong signature; is the Token the one in WeChat's console?")
     age = now - int(timestamp)
     if max_age and abs(age) > max_age:
@@ -194,33 +191,28 @@ def _check_signature(
         )
 
 
-def _answerer(
+def _make_answer(
     config: Config, reply: Callable[[Message], Reply], clock: Callable[[], float]
 ) -> Callable[[Message, WSGIEnvironment], bytes]:
-    """Return what makes the XML of the answer to a message, empty for none.
+    """Return a function that makes the XML of the answer to a message, empty for no reply.
 
-    It raises Refused when ``reply()`` takes longer than WeChat waits, so that WeChat sends the
-    message again, and ClientGone when nobody waits for the answer.
+    It raises ClientGone when the client has hung up, and Refused when ``reply()`` still runs and
+    WeChat has to send the message again.
     """
-
-    def write(
-        message: Message, reply: Reply, signs: Sequence[str] = (), late: bool = False
-    ) -> list[bytes]:
-        return _write(message, reply, clock(), signs, late)
-
-    once = None
+    write = partial(_write, clock)
+    reply_once = None
     if config.once:
-        import wechat.once
+        from wechat import once
 
-        once = wechat.once.from_config(config, write, clock)
+        reply_once = once.from_config(config, write, clock)
 
     def answer(message: Message, environ: WSGIEnvironment) -> bytes:
         if client_gone(environ):
             raise ClientGone(UNAVAILABLE, "the client hung up before its turn")
-        run = partial(_run, message, reply)
-        if not once:
-            return b"".join(write(message, run()))
-        xml = once.answer(message, run, partial(client_gone, environ))
+        run = partial(_run, reply, message)
+        if not reply_once:
+            return b"".join(write(message, run()))  # one part: without endings no text is split
+        xml = reply_once.answer(message, run, partial(client_gone, environ))
         if xml is not None:
             return xml
         if client_gone(environ):
@@ -230,23 +222,27 @@ def _answerer(
     return answer
 
 
-def _run(message: Message, reply: Callable[[Message], Reply]) -> Reply:
-    """Run ``reply()``; what fails is no reply."""
+def _run(reply: Callable[[Message], Reply], message: Message) -> Reply:
+    """Run ``reply()``; log what it raises, which counts as no reply."""
     try:
         return reply(dict(message))
-    # Anything else than success would be sent again and shown as a failure; and what is no
-    # Exception (SystemExit, CancelledError) would take the worker and its other replies along.
+    # An error response would make WeChat send the message again and show the follower a failure.
+    # SystemExit and CancelledError, which are no Exception, would end the worker as well.
     except BaseException:
         log.exception("reply() failed for MsgType %r; answered success", message["MsgType"][:32])
         return None
 
 
 def _write(
-    message: Message, reply: Reply, now: float, signs: Sequence[str] = (), late: bool = False
+    clock: Callable[[], float],
+    message: Message,
+    reply: Reply,
+    endings: Sequence[str] = (),
+    late: bool = False,
 ) -> list[bytes]:
-    """Write the XML of a reply, in several parts if it is too long; what cannot be is no reply."""
+    """Write the XML of a reply; log a reply that cannot be written, which counts as no reply."""
     try:
-        return wechat.message.answer(message, reply, now, signs, late)
+        return wechat.message.answer(message, reply, clock(), endings, late)
     except Exception:
         log.exception("bad reply() for MsgType %r; answered success", message["MsgType"][:32])
         return []
@@ -264,7 +260,7 @@ def main() -> None:
         def handle_error(self, *_: object) -> None:
             log.info("a connection broke off")
 
-    class Handler(WSGIRequestHandler):  # its own log lines would show the query: the signature
+    class Handler(WSGIRequestHandler):  # whose own log lines would show the signature
         def log_request(self, code: object = "-", _size: object = "-") -> None:
             log.info("%r %s", self.command, code)
 

@@ -1,8 +1,8 @@
-"""Hands the access_token to other programs over HTTP, in WeChat's own words.
+"""Gives the access_token to other programs over HTTP, in the same way as WeChat's API.
 
-A client of ``[central]`` asks here as it would ask api.weixin.qq.com, with the account's AppID and
-a secret of its own: ``POST /cgi-bin/stable_token`` or ``GET /cgi-bin/token``. Either way it gets
-the token of the store. Sources of the rules: the platform's 获取 Access token,
+A client of ``[central]`` sends here what it would send to api.weixin.qq.com, with the account's
+AppID and the client's own secret: ``POST /cgi-bin/stable_token`` or ``GET /cgi-bin/token``. Both
+return the token of the ``TokenStore``. Sources of the rules: the platform's 获取 Access token,
 获取稳定版接口调用凭据 and 全局返回码.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from wechat.config import Config
 
 CHECK_TIMEOUT = 2.0  # seconds for WeChat to say whether a token is valid; clients wait 5 in all
-CHECKS, CHECKS_APART = 10, 30.0  # ten checks may be made at once, then one every 30 s
+MAX_CHECKS, CHECK_INTERVAL = 10, 30.0  # ten checks may be made at once, and one more every 30 s
 
 ERRMSG = {
     40002: "invalid grant_type",
@@ -42,14 +42,14 @@ ERRMSG = {
     47001: "data format error",
 }
 _JSON: Headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
-# Any of these shows that a request from this machine is somebody else's, passed on by a proxy.
-_PASSED_ON = ("FORWARDED", "X_FORWARDED_FOR", "X_FORWARDED_PROTO", "X_REAL_IP", "VIA")
+# A proxy on this machine adds some of these to the requests that it passes on.
+_PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "X_FORWARDED_PROTO", "X_REAL_IP", "VIA")
 
 log = logging.getLogger("wechat.central")
 
 
 class WrongRequest(Exception):
-    """The answer is ``errcode``, as WeChat's would be."""
+    """A client has to be answered with ``errcode``, as WeChat would answer it."""
 
     def __init__(self, errcode: int) -> None:
         self.errcode = errcode
@@ -66,12 +66,12 @@ def create_application(config: Config) -> WSGIApplication:
 
 
 class TokenService:
-    """Hands out the access_token of one account.
+    """Gives out the access_token of one account.
 
     Args:
         config: the account and its clients.
         store: where the access_token comes from.
-        clock: seconds that only grow.
+        clock: seconds, never set back.
     """
 
     def __init__(
@@ -88,33 +88,34 @@ class TokenService:
         """Answer a request for the token.
 
         Raises:
-            Refused: the body is too large, or broke off.
+            Refused: the body is too large or not whole.
         """
         if not _is_private(environ):
             log.warning("%s: %s", FORBIDDEN, _why_not_private(environ))
             return FORBIDDEN, TEXT, f"{FORBIDDEN}: ask over https\n".encode()
-        return OK, _JSON, self._answer(environ)
+        answer = self._answer(environ)
+        return OK, _JSON, json.dumps(answer, ensure_ascii=False).encode()
 
-    def _answer(self, environ: WSGIEnvironment) -> bytes:
-        """Return the JSON that WeChat would answer with."""
+    def _answer(self, environ: WSGIEnvironment) -> dict[str, Any]:
+        """Return a token or an error, in the fields of WeChat's answers."""
         asker = _sender(environ)
         try:
             fields = _fields(environ, self._config.max_body)
             asker = f"{self._client_name(fields)} ({asker})"
             token, left = self._lease(asker, fields)
-            answer: dict[str, Any] = {"access_token": token, "expires_in": max(1, int(left))}
-            log.info("%s got the access_token, which lives %d s more", asker, left)
         except WrongRequest as wrong:
-            answer = {"errcode": wrong.errcode, "errmsg": ERRMSG[wrong.errcode]}
-            log.warning("errcode %d (%s) to %s", *answer.values(), asker)
+            errmsg = ERRMSG[wrong.errcode]
+            log.warning("errcode %d (%s) to %s", wrong.errcode, errmsg, asker)
+            return {"errcode": wrong.errcode, "errmsg": errmsg}
         except TokenError as error:
-            errcode = -1 if error.errcode is None else error.errcode
-            answer = {"errcode": errcode, "errmsg": str(error)}
             log.warning("no access_token for %s: %s", asker, error)
-        return json.dumps(answer, ensure_ascii=False).encode()
+            errcode = -1 if error.errcode is None else error.errcode
+            return {"errcode": errcode, "errmsg": str(error)}
+        log.info("%s got the access_token, which lives %d s more", asker, left)
+        return {"access_token": token, "expires_in": max(1, int(left))}
 
     def _client_name(self, fields: dict[str, Any]) -> str:
-        """Return the name of the client that asks."""
+        """Return the name of the client that sent these fields."""
         appid, secret = fields.get("appid"), fields.get("secret")
         if fields.get("grant_type") != "client_credential":
             raise WrongRequest(40002)
@@ -125,19 +126,19 @@ class TokenService:
         if not secret:
             raise WrongRequest(41004)
         given, client = str(secret).encode(errors="replace"), ""
-        for name, own in self._clients:  # all of them, so that the time taken tells nothing
-            if hmac.compare_digest(given, own):
+        for name, expected in self._clients:  # compare all, so that the time taken tells nothing
+            if hmac.compare_digest(given, expected):
                 client = name
         if not client:
             raise WrongRequest(40125)
         return client
 
     def _lease(self, asker: str, fields: dict[str, Any]) -> tuple[str, float]:
-        """Return the token that a client is to have, and the seconds it still lives.
+        """Return a token for a client, and the seconds until it expires.
 
-        Most SDKs know no ``stale_token``: when WeChat refuses their token, they just ask again. So
-        WeChat is asked whether the token is valid before it is handed out again. They never get a
-        token that WeChat refuses, and a valid one is not replaced.
+        This project's own client sends a token that WeChat refused as ``stale_token``. Other SDKs
+        just ask again, so for them WeChat is asked whether the token is still valid. They never
+        get a refused token, and a valid one is not replaced.
         """
         if stale := fields.get("stale_token"):
             return self._store.lease(stale)
@@ -154,56 +155,60 @@ class TokenService:
 
 
 class TokenCheck:
-    """Asks WeChat whether it refuses a token, ten times at once and then once in 30 s at most.
+    """Asks WeChat whether it refuses a token, but not too often.
 
     Args:
-        api_base: where WeChat's API is.
-        clock: seconds that only grow.
+        api_base: the address of WeChat's API.
+        clock: seconds, never set back.
     """
 
     def __init__(self, api_base: str, clock: Callable[[], float]) -> None:
         self._api_base, self._clock = api_base, clock
-        self._one_at_a_time = threading.Lock()
-        self._count, self._last = 0, ("", False)  # of checks: how many, and the last one's outcome
-        self._used_up_to = float("-inf")  # each check moves this time on by CHECKS_APART
+        self._lock = threading.Lock()  # held during a check
+        self._checks_made, self._last_token, self._last_refused = 0, "", False
+        self._checks_left, self._counted_at = float(MAX_CHECKS), clock()
 
     def is_refused(self, token: str) -> bool:
-        """Tell whether WeChat refuses the token. All who ask during a check share its outcome."""
-        count = self._count
-        with self._one_at_a_time:
-            last_token, refused = self._last
-            if last_token == token and (refused or self._count != count):
-                return refused
-            now = self._clock()
-            self._used_up_to = max(self._used_up_to, now)
-            if self._used_up_to - now > (CHECKS - 1) * CHECKS_APART:
+        """Tell whether WeChat refuses the token; False if no check may be made now.
+
+        All calls that wait while a check is made share its result.
+        """
+        checks_before = self._checks_made
+        with self._lock:
+            has_result = self._last_refused or self._checks_made > checks_before
+            if self._last_token == token and has_result:
+                return self._last_refused
+            counted_at, self._counted_at = self._counted_at, self._clock()
+            more = (self._counted_at - counted_at) / CHECK_INTERVAL
+            self._checks_left = min(self._checks_left + more, MAX_CHECKS)
+            if self._checks_left < 1:
                 return False
-            self._used_up_to += CHECKS_APART
-            refused = self._ask(token)
-            self._count, self._last = self._count + 1, (token, refused)
-            return refused
+            self._checks_left -= 1
+            self._last_token, self._last_refused = token, self._ask(token)
+            self._checks_made += 1
+            return self._last_refused
 
     def _ask(self, token: str) -> bool:
         url = f"{self._api_base}/cgi-bin/getcallbackip?{urlencode({'access_token': token})}"
         try:
             wechat.api.request_json(url, None, token, CHECK_TIMEOUT)
         except ApiError as error:
-            if error.errcode is None:  # WeChat is down: nobody waits for it for a while
-                self._used_up_to = self._clock() + CHECKS * CHECKS_APART
+            if error.errcode is None:  # WeChat is down, so let no client wait for it for a while
+                self._checks_left, self._counted_at = 0.0, self._clock()
             return error.errcode in wechat.api.TOKEN_REFUSED
         return False
 
 
 def _is_private(environ: WSGIEnvironment) -> bool:
-    """Tell whether nobody on the way sees the token: https, or a program on this machine."""
+    """Tell whether only the client can read the response: it uses https, or is on this machine."""
     if environ["wsgi.url_scheme"] == "https":
         return True
     try:
         address = ipaddress.ip_address(environ.get("REMOTE_ADDR", ""))
-    except ValueError:  # a Unix socket has none, and a proxy at its other end
+    except ValueError:  # it came over a Unix socket, so from a proxy
         return False
     address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback and not any(f"HTTP_{name}" in environ for name in _PASSED_ON)
+    return address.is_loopback and not any(f"HTTP_{name}" in environ for name in _PROXY_HEADERS)
 
 
 def _why_not_private(environ: WSGIEnvironment) -> str:
@@ -218,13 +223,13 @@ def _why_not_private(environ: WSGIEnvironment) -> str:
 
 
 def _sender(environ: WSGIEnvironment) -> str:
-    """Return the address for the log, and the one that a proxy tells."""
-    address, told = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
-    return f"{address} for {told[:80]!r}" if told else f"{address}"
+    """Return the sender's address for the log, and the one that a proxy says it has."""
+    address, origin = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
+    return f"{address} for {origin[:80]!r}" if origin else f"{address}"
 
 
 def _fields(environ: WSGIEnvironment, max_body: int) -> dict[str, Any]:
-    """Return what the query or the body says."""
+    """Return the fields of the query or of the JSON in the body."""
     method = environ["REQUEST_METHOD"]
     try:
         if environ["PATH_INFO"] == "/cgi-bin/token":
@@ -232,14 +237,14 @@ def _fields(environ: WSGIEnvironment, max_body: int) -> dict[str, Any]:
                 raise WrongRequest(43001)
             query = environ.get("QUERY_STRING", "")
             pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20)
-            fields: Any = _without_repetition(pairs)
-            fields.pop("force_refresh", None)  # only stable_token knows it
+            fields: Any = _unrepeated(pairs)
+            fields.pop("force_refresh", None)  # WeChat ignores it here
         else:
             if method != "POST":
                 raise WrongRequest(43002)
             if not (body := read_body(environ, max_body)):
                 raise WrongRequest(44002)
-            fields = json.loads(body.decode(), object_pairs_hook=_without_repetition)
+            fields = json.loads(body.decode(), object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError):
         raise WrongRequest(47001) from None
     if (
@@ -251,7 +256,7 @@ def _fields(environ: WSGIEnvironment, max_body: int) -> dict[str, Any]:
     return fields
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a name is repeated")

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent  # where wxserver.py is
 STATE_DIR = HERE / "state"
-# Where wechat/central.py answers when [central] names a client; WeChat's own names.
+# Where wechat/central.py answers; api.weixin.qq.com has the same paths.
 CENTRAL_PATHS = ("/cgi-bin/stable_token", "/cgi-bin/token")
-# Where an account's AppSecret and IP whitelist are since December 2025, and where its callback is.
+# In WeChat's console, since December 2025: where an account has its AppSecret and IP whitelist,
+# and where the URL and Token of its callback are entered.
 _CONSOLE = "developers.weixin.qq.com/platform → 我的业务 → 公众号/服务号 → 基础信息"
 KEYS_CONSOLE = f"{_CONSOLE} → 开发密钥"
 CALLBACK_CONSOLE = f"{_CONSOLE} → 域名与消息推送配置 (before: 设置与开发 → 基本配置 → 服务器配置)"
@@ -24,10 +25,10 @@ log = logging.getLogger("wxserver")
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. One line: where, which section and key, what is allowed."""
+    """The configuration is wrong. One line: the file, the section and key, and what is allowed."""
 
 
-def _text(pattern: str, allowed: str) -> Callable[[str], str]:
+def _matching(pattern: str, allowed: str) -> Callable[[str], str]:
     def convert(value: str) -> str:
         if not re.fullmatch(pattern, value, re.ASCII):
             raise ValueError(allowed)
@@ -36,7 +37,7 @@ def _text(pattern: str, allowed: str) -> Callable[[str], str]:
     return convert
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
     def convert(value: str) -> int:
         if not re.fullmatch("[0-9]{1,10}", value) or not least <= int(value) <= most:
             raise ValueError(f"a whole number from {least} to {most}")
@@ -51,36 +52,38 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
-TOKEN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
-_TOKEN = _text(f"({TOKEN})?", "3 to 32 letters or digits, or empty")
-_APPID = _text("[0-9A-Za-z_-]*", "letters and digits, as in the console")
-_APPSECRET = _text("[0-9A-Za-z]*", "letters and digits, as in the console")
-_AES_KEY = _text(
+_TOKEN_PATTERN = "[0-9A-Za-z]{3,32}"  # the rule of WeChat's console
+_TOKEN = _matching(f"({_TOKEN_PATTERN})?", "3 to 32 letters or digits, or empty")
+_APPID = _matching("[0-9A-Za-z_-]*", "letters and digits, as in the console")
+_APPSECRET = _matching("[0-9A-Za-z]*", "letters and digits, as in the console")
+_AES_KEY = _matching(
     "([0-9A-Za-z+/]{43})?", "the 43 letters or digits of the console's EncodingAESKey, or empty"
 )
-_ENCRYPTION = _text("(plain|compatible|safe)?", "plain, compatible or safe, or empty")
-_PATH = _text(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #")
-_FOLDER = _text(
+_ENCRYPTION = _matching("(plain|compatible|safe)?", "plain, compatible or safe, or empty")
+_PATH = _matching(r"/[\w./~-]*", "a path such as /wx, without spaces, ? or #")
+_FOLDER = _matching(
     r"(?![~\"'])(?!.*\s[;#])[^\0-\x1f]+",
     "a folder, without ~ or quotes; a comment or another key has a line of its own",
 )
-_ENDPOINT = _text("stable_token|token", "stable_token or token")
-# An AppSecret travels in what is sent there, so plain http is for this machine alone.
-_API_BASE = _text(
+_ENDPOINT = _matching("stable_token|token", "stable_token or token")
+# The AppSecret is sent there, so plain http is allowed for this machine only.
+_API_BASE = _matching(
     r"https://[\w.-]+(:[0-9]{1,5})?(/[\w.-]+)*/?"
     r"|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?/?",
     "https://HOST, or http:// on 127.0.0.1 or localhost",
 )
-_LATE = _text("pickup|push|drop", "pickup, push or drop")
-_LINE = _text(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters")
-_REDIS = _text("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty")
+_LATE = _matching("pickup|push|drop", "pickup, push or drop")
+_LINE = _matching(r"[^\0-\x1f]{1,500}", "one line of 1 to 500 characters")
+_REDIS = _matching("((rediss?|unix)://[!-~]+)?", "redis://…, rediss://… or unix://…, or empty")
 
 
 class Setting(NamedTuple):
-    """What is true of one key of config.ini."""
+    """The rules for one key of config.ini."""
 
     section: str
-    convert: Callable[[str], Any]  # makes the value of its text; ValueError says what is allowed
+    convert: Callable[
+        [str], Any
+    ]  # returns the value of a text; its ValueError says what is allowed
     environment: str = ""  # the variable that wins over the file, if there is one
     is_secret: bool = False  # no error and no repr shows the value
 
@@ -98,9 +101,9 @@ def _setting(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the owner decides. This is the one table of the keys of config.ini.
+    """All settings. This is the one table of the keys of config.ini, which explains them.
 
-    The file explains them. Here each has its default and a ``Setting``.
+    Each key has its default and a ``Setting`` here.
     """
 
     token: str = _setting("", "wechat", _TOKEN, "WX_TOKEN", secret=True)
@@ -109,27 +112,26 @@ class Config:
     encoding_aes_key: str = _setting("", "wechat", _AES_KEY, "WX_ENCODING_AES_KEY", secret=True)
     encryption: str = _setting("", "wechat", _ENCRYPTION)  # by default safe with a key, else plain
     path: str = _setting("/wx", "server", _PATH)
-    max_age: int = _setting(300, "server", _number(0, 86400))  # seconds
-    max_body: int = _setting(262144, "server", _number(1024, 64 * 1048576))  # bytes
+    max_age: int = _setting(300, "server", _whole_number(0, 86400))  # seconds
+    max_body: int = _setting(262144, "server", _whole_number(1024, 64 * 1048576))  # bytes
     state_dir: Path = _setting(STATE_DIR, "server", _FOLDER)  # noqa: RUF009 (it makes a field)
     endpoint: str = _setting("stable_token", "access_token", _ENDPOINT)
-    margin: int = _setting(240, "access_token", _number(0, 7200))  # seconds
+    margin: int = _setting(240, "access_token", _whole_number(0, 7200))  # seconds
     api_base: str = _setting("https://api.weixin.qq.com", "access_token", _API_BASE)
     once: bool = _setting(True, "reply", _switch)
     late: str = _setting("pickup", "reply", _LATE)
     late_text: str = _setting("还在处理，请稍后发送任意消息查看结果。", "reply", _LINE)
     redis: str = _setting("", "shared", _REDIS, "WX_REDIS", secret=True)  # may hold a password
-    # Every key of [central] is the name of a client, and its value is the client's secret.
+    # Each key of [central] is a client's name, its value is the client's secret.
     central: Mapping[str, str] = field(default_factory=dict, repr=False)
     runtime_dir: Path | None = None  # systemd's RuntimeDirectory; no key of config.ini
 
     def __post_init__(self) -> None:
-        """Choose the default of ``encryption``, and see that it has what it needs.
+        """Set the default of ``encryption``, and check settings that depend on one another.
 
         Raises:
-            ConfigError: a key or ``redis`` without an AppID, ``encryption`` without a key, ``late``
-                = push or ``central`` without what WeChat's API needs, or a client of ``central``
-                that cannot be told from another one, from the account or from the callback.
+            ConfigError: a setting needs another one that is empty; two secrets are the same, so
+                that clients of ``central`` cannot be told apart; or ``path`` is central's.
         """
         encryption = self.encryption or ("safe" if self.encoding_aes_key else "plain")
         object.__setattr__(self, "encryption", encryption)
@@ -149,26 +151,26 @@ class Config:
     def _check_central(self) -> None:
         if not (self.appid and self.appsecret):
             raise ConfigError("[central] needs [wechat] appid and appsecret")
-        owners = {self.appsecret: "the AppSecret"}
+        owner_of = {self.appsecret: "the AppSecret"}
         for name, secret in self.central.items():
-            if secret in owners:
-                raise ConfigError(f"[central] {name}: must be another secret than {owners[secret]}")
-            owners[secret] = f"{name}'s"
+            if other := owner_of.get(secret):
+                raise ConfigError(f"[central] {name}: must be another secret than {other}")
+            owner_of[secret] = f"{name}'s"
         if self.path in CENTRAL_PATHS:
             raise ConfigError(f"[server] path: must be another than [central]'s {self.path}")
 
 
-# Its secret is an AppSecret to the client, and goes into URLs, which not every SDK escapes.
+# A client's SDK sends the secret as its AppSecret, in a URL, and may not escape it.
 _CLIENT = Setting(
     "central",
-    _text("[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits: NAME = SECRET"),
+    _matching("[0-9A-Za-z]{16,128}", "a secret of 16 to 128 letters and digits: NAME = SECRET"),
     is_secret=True,
 )
-_CLIENT_NAME = r"[\w.-]{1,64}"  # it stands in the log
+_CLIENT_NAME = r"[\w.-]{1,64}"
 
 
 def settings() -> dict[str, dict[str, Setting]]:
-    """Return what is true of every key, by section and key; [central] has NAME for any client's."""
+    """Return the ``Setting`` of every key, by section and key; NAME is any key of [central]."""
     table: dict[str, dict[str, Setting]] = {}
     for each in fields(Config):
         if setting := each.metadata.get("setting"):
@@ -182,16 +184,16 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
     Args:
         path: the file; by default ``config_path(environ)``. Relative paths in it are relative to
             it.
-        environ: where WX_TOKEN, WX_APPID, WX_APPSECRET, WX_ENCODING_AES_KEY and WX_REDIS win over
-            the file when they are set; and systemd's RUNTIME_DIRECTORY.
+        environ: may have systemd's RUNTIME_DIRECTORY, and WX_TOKEN, WX_APPID, WX_APPSECRET,
+            WX_ENCODING_AES_KEY and WX_REDIS, which win over the file.
 
     Raises:
-        ConfigError: the file cannot be read, or has an unknown section or key or a bad value.
+        ConfigError: the file cannot be read, or has an unknown section or key or a wrong value.
     """
     path = Path(path).absolute() if path else config_path(environ)
     table = settings()
     values: dict[str, Any] = {"central": {}}
-    for section, entries in _read(path).items():
+    for section, entries in _read_file(path).items():
         if section not in table:
             raise ConfigError(f"{path}: unknown section [{section}]; there are {', '.join(table)}")
         for key, text in entries.items():
@@ -205,9 +207,10 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
             else:
                 known = ", ".join(table[section])
                 raise ConfigError(f"{where}: unknown key; there are {known}")
-    for key, setting in (pair for keys in table.values() for pair in keys.items()):
-        if text := environ.get(setting.environment, "").strip():
-            values[key] = _convert(setting, text, f"environment: {setting.environment}")
+    for keys in table.values():
+        for key, setting in keys.items():
+            if text := environ.get(setting.environment, "").strip():
+                values[key] = _convert(setting, text, f"environment: {setting.environment}")
     values["state_dir"] = path.parent / values.get("state_dir", "state")
     if runtime := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         values["runtime_dir"] = Path(runtime)
@@ -223,8 +226,8 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("WXSERVER_CONFIG") or HERE / "config.ini").absolute()
 
 
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    # Notepad begins a file with a BOM; [DEFAULT] and % have no special meaning here.
+def _read_file(path: Path) -> dict[str, dict[str, str]]:
+    # utf-8-sig skips the BOM that Notepad writes; [DEFAULT] and % have no special meaning here.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read_string(path.read_text(encoding="utf-8-sig"))
@@ -236,7 +239,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         raise ConfigError(f"{path}: [{error.section}] is there twice") from None
     except configparser.DuplicateOptionError as error:
         raise ConfigError(f"{path}: {_where(error.section, error.option)} is there twice") from None
-    # The texts of these two would quote the line, which may hold a secret.
+    # The messages of these two errors quote the line, which may hold a secret.
     except configparser.MissingSectionHeaderError as error:
         line = error.lineno
         raise ConfigError(f"{path}: line {line} stands before any [section]") from None
@@ -247,7 +250,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _where(section: str, key: str) -> str:
-    # A key as long as a secret may be one: SECRET = NAME, the wrong way round.
+    # A key as long as a secret may be one, in a line SECRET = NAME.
     return f"[{section}] {'NAME' if section == 'central' and len(key) >= 16 else key}"
 
 
@@ -255,16 +258,14 @@ def _convert(setting: Setting, text: str, where: str) -> Any:
     try:
         return setting.convert(text)
     except ValueError as error:
-        # A secret may stand under the wrong key of its section.
-        neighbours = settings()[setting.section].values()
-        shown = "" if any(each.is_secret for each in neighbours) else f"{text!r}: "
+        # A secret may stand under a wrong key, so a section that has secrets shows no value.
+        in_section = settings()[setting.section].values()
+        shown = "" if any(each.is_secret for each in in_section) else f"{text!r}: "
         raise ConfigError(f"{where}: {shown}must be {error}") from None
 
 
 def make_state_dir(config: Config) -> None:
-    """Make ``state_dir``, which its owner alone may enter (0700), whatever the umask.
-
-    One that is there stays as it is.
+    """Make ``state_dir`` with mode 0700, unless it exists.
 
     Raises:
         ConfigError: it cannot be made.
@@ -272,7 +273,7 @@ def make_state_dir(config: Config) -> None:
     try:
         config.state_dir.parent.mkdir(parents=True, exist_ok=True)
         config.state_dir.mkdir(mode=0o700)
-        config.state_dir.chmod(0o700)  # the umask may have taken something away
+        config.state_dir.chmod(0o700)  # mkdir() takes the umask off the mode
     except FileExistsError:
         pass
     except OSError as error:
@@ -282,15 +283,14 @@ def make_state_dir(config: Config) -> None:
 
 
 def callback_token(config: Config) -> str:
-    """Return the callback Token: the configured one, else this server's own.
+    """Return the callback Token: the configured one, else a random one.
 
-    Its own is random, made by the first process that asks and kept in
-    ``state_dir/callback_token`` (0600), so that every worker and every restart has the same.
-    Whoever makes it logs once how to use it.
+    The first process that calls this makes the random one, saves it in
+    ``state_dir/callback_token`` (0600) for all other processes, and logs how to use it.
 
     Raises:
-        ConfigError: the file cannot be kept, or holds something else; or several machines, which
-            must have the same Token, would each make their own.
+        ConfigError: the file cannot be written, or holds something else; or ``redis`` is set, so
+            that several machines would each make a Token of their own.
     """
     if config.token:
         return config.token
@@ -325,7 +325,7 @@ def callback_token(config: Config) -> str:
                 )
     except OSError as error:
         raise ConfigError(f"[server] state_dir: {path}: {error.strerror or error}") from None
-    if not re.fullmatch(TOKEN, token):
+    if not re.fullmatch(_TOKEN_PATTERN, token):
         what = "must hold a Token of 3 to 32 letters or digits; delete it, and another is made"
         raise ConfigError(f"[server] state_dir: {path} {what}")
     return token

@@ -1,4 +1,4 @@
-"""Signatures and the encrypted modes: each side's half beside the other's.
+"""Signatures and the encrypted modes, in both directions.
 
 Sources of the rules: the platform's 接入指南 (verifying the server) and 消息加解密说明.
 """
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wechat.config import Config
 
-BLOCK = 32  # bytes; the platform pads to twice the block of AES
+BLOCK = 32  # bytes; the platform pads to twice the block size of AES
 
 
 class DecryptError(ValueError):
-    """An Encrypt cannot be decrypted. The text is for the log: a sender must not learn why."""
+    """A message cannot be decrypted. The text is for the log: the sender must not learn why."""
 
 
 def sign(token: str, *parts: str) -> str:
@@ -26,28 +26,26 @@ def sign(token: str, *parts: str) -> str:
 
     Args:
         token: the callback's Token.
-        parts: timestamp and nonce as they stand in the query; of an encrypted message its Encrypt
-            too. The platform sorts bytes; Python sorts code points, the same order in UTF-8.
+        parts: timestamp and nonce as they stand in the query, and the Encrypt of an encrypted
+            message. The platform sorts bytes; Python's order of str is the same as in UTF-8.
     """
-    digest = hashlib.sha1(usedforsecurity=False)
-    for part in sorted((token, *parts)):  # one by one: an Encrypt is not copied whole
-        digest.update(part.encode())
-    return digest.hexdigest()
+    signed = "".join(sorted((token, *parts))).encode()
+    return hashlib.sha1(signed, usedforsecurity=False).hexdigest()
 
 
 def verify(signature: str, token: str, *parts: str) -> bool:
-    """Tell in constant time whether ``signature`` is the one that ``sign`` makes.
+    """Tell in constant time whether ``signature`` is what ``sign`` returns.
 
-    An empty Token verifies nothing: anybody can sign with it.
+    It never is with an empty Token, with which anybody can sign.
     """
     return bool(token) and hmac.compare_digest(sign(token, *parts).encode(), signature.encode())
 
 
 def find_encrypt(body: bytes) -> str:
-    """Return the Encrypt of an encrypted message, before anything is known of its sender.
+    """Return the Encrypt of an encrypted message whose signature is not verified yet.
 
-    It is the last one: in compatible mode the readable message, in which a follower may have typed
-    anything, stands before it.
+    In compatible mode the plain fields come first, and a follower may have typed an Encrypt there,
+    so the last one counts.
 
     Raises:
         DecryptError: there is none.
@@ -61,7 +59,7 @@ def find_encrypt(body: bytes) -> str:
 
 
 def envelope(encrypt: str, token: str, nonce: str, now: float) -> dict[str, str | int]:
-    """Return the fields of an encrypted answer; ``now``: Unix time in seconds."""
+    """Return the fields of an encrypted answer. ``now`` is Unix time in seconds."""
     timestamp = int(now)
     signature = sign(token, str(timestamp), nonce, encrypt)
     return {"Encrypt": encrypt, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
@@ -72,10 +70,10 @@ class MessageCipher:
 
     Args:
         encoding_aes_key: the console's EncodingAESKey, 43 characters.
-        appid: the account's AppID, which stands inside every encrypted message.
+        appid: the account's AppID, which every encrypted message contains.
 
     Raises:
-        ValueError: the key does not decode to 32 bytes, or there is no AppID.
+        ValueError: the key is not 43 characters of base64, or there is no AppID.
         ModuleNotFoundError: ``cryptography`` is not installed.
     """
 
@@ -98,10 +96,11 @@ class MessageCipher:
         return base64.b64encode(data).decode()
 
     def decrypt(self, encrypt: str) -> bytes:
-        """Return the message in ``encrypt``, whose signature has been verified.
+        """Return the message in ``encrypt``, whose signature must have been verified.
 
         Raises:
-            DecryptError: no base64, no whole blocks, or a padding, length or AppID that is wrong.
+            DecryptError: it is no base64 or no whole blocks, or has the wrong padding, length or
+                AppID.
         """
         try:
             data = base64.b64decode(encrypt, validate=True)

@@ -1,8 +1,9 @@
-"""What the server's WSGI callables share: plain responses, refusals, and what a request brings."""
+"""What the WSGI callables share: responses, refusals, reading a body, noticing a hang-up."""
 
 from __future__ import annotations
 
 import logging
+import re
 import select
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -25,18 +26,20 @@ Headers: TypeAlias = list[tuple[str, str]]
 Response: TypeAlias = tuple[str, Headers, bytes]  # the status, headers and body
 TEXT: Headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
 
-# What poll() says of a client that has hung up. Linux tells of it while data is still unread.
+# The events that poll() reports when a client has hung up. POLLRDHUP, which Linux has, comes even
+# while data is still unread.
 _HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-TCP_ESTABLISHED = 1  # the state of a connection that neither side has closed, in Linux's TCP_INFO
+_ESTABLISHED = 1  # in TCP_INFO, the state of a connection that neither side has closed
+_LENGTH = re.compile("[0-9]{1,18}")
 
 
 class Refused(Exception):
-    """A request goes no further.
+    """A request is refused.
 
     Args:
-        status: what is answered, as the status and as the one line of the body.
+        status: the status of the response, and the one line of its body.
         reason: for the log alone.
-        headers: more headers of the answer.
+        headers: more headers of the response.
     """
 
     def __init__(self, status: str, reason: str, headers: Headers | None = None) -> None:
@@ -45,18 +48,18 @@ class Refused(Exception):
 
 
 class ClientGone(Refused):
-    """The client hung up: nobody reads what it is answered."""
+    """The client hung up, so nobody reads the response."""
 
 
 def as_wsgi(
     respond: Callable[[WSGIEnvironment], Response],
     statuses: Mapping[type[Exception], str] | None = None,
 ) -> WSGIApplication:
-    """Make a WSGI callable of ``respond``. Every refusal becomes a response here, and a log line.
+    """Make a WSGI callable of ``respond``. It turns every refusal into a response and a log line.
 
     Args:
         respond: makes the response to a request, or raises Refused.
-        statuses: other exceptions that refuse a request, with the status that each means.
+        statuses: other exceptions by which ``respond`` refuses a request, and the status of each.
     """
     statuses = statuses or {}
     refusals: tuple[type[Exception], ...] = (Refused, *statuses)
@@ -79,19 +82,20 @@ def as_wsgi(
 
 
 def read_body(environ: WSGIEnvironment, max_body: int) -> bytes:
-    """Return the body of a request, of ``max_body`` bytes at most.
+    """Return the body of a request.
 
     Raises:
-        Refused: the body is too large, or broke off, or Content-Length is malformed.
+        Refused: the body has more than ``max_body`` bytes or is not whole, or Content-Length is
+            malformed.
     """
     length = environ.get("CONTENT_LENGTH", "")
     if length:
-        if not (length.isascii() and length.isdigit() and len(length) <= 18):
+        if not _LENGTH.fullmatch(length):
             raise Refused(BAD_REQUEST, "Content-Length is no number")
         size = int(length)
         if size > max_body:
             raise Refused(CONTENT_TOO_LARGE, f"a body of {size} bytes; max_body is {max_body}")
-    else:  # the server must say that a read ends with the body, as gunicorn does of a chunked one
+    else:  # a chunked body, if the server (as gunicorn) promises that reading ends where it ends
         size = max_body + 1 if environ.get("wsgi.input_terminated") else 0
     try:
         body: bytes = environ["wsgi.input"].read(size)
@@ -105,17 +109,17 @@ def read_body(environ: WSGIEnvironment, max_body: int) -> bytes:
 
 
 def client_gone(environ: WSGIEnvironment) -> bool:
-    """Tell whether the client has hung up, if the server shows its connection, as gunicorn does.
+    """Tell whether the client has hung up; False if the server does not show the connection.
 
-    nginx hangs up here when WeChat does there. A request that waited so long for a thread need not
-    run: nobody would read its answer, and WeChat has sent the message again.
+    gunicorn shows it. nginx hangs up on gunicorn when WeChat hangs up on nginx. A request that
+    waited so long for a thread need not run: WeChat has sent the message again.
     """
     connection: socket.socket | None = environ.get("gunicorn.socket")
     if connection is None:
         return False
-    try:  # On Linux, over TCP. Unlike poll() it does not make this thread wait for its next turn.
-        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED
-    except (AttributeError, OSError):
+    try:  # faster than poll(), which releases the GIL and then waits to get it back
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
+    except (AttributeError, OSError):  # not on Linux, or a Unix socket
         poll = select.poll()
         poll.register(connection, _HANG_UP)
         return bool(poll.poll(0))

@@ -1,4 +1,4 @@
-"""What makes a message, the answer to it, and the builders of replies.
+"""Messages and the answers to them: which can be answered, how replies are built and written.
 
 A message is a dict of WeChat's own names. Source of the rules: the platform's 被动回复用户消息.
 """
@@ -18,15 +18,15 @@ __all__ = [
 Reply: TypeAlias = str | Message | None
 
 MAX_TEXT = 2048  # bytes of UTF-8 in a text reply; the platform drops a longer one
-MAX_ARTICLES = 8  # in a news reply to an event; in one to a message it is 1
+MAX_ARTICLES = 8  # in a news reply to an event; a reply to a message may have one
 
 
 def check(message: Message) -> None:
     """Make sure that ``message`` can be answered.
 
     Raises:
-        MessageError: ToUserName, FromUserName or MsgType is missing, empty or no text; or the
-            message is encrypted.
+        MessageError: the message is encrypted, or has no ToUserName, FromUserName or MsgType that
+            is a text.
     """
     if "Encrypt" in message and "MsgType" not in message:
         raise MessageError(
@@ -39,21 +39,21 @@ def check(message: Message) -> None:
 
 
 def answer(
-    message: Message, reply: Reply, now: float, signs: Sequence[str] = (), late: bool = False
+    message: Message, reply: Reply, now: float, endings: Sequence[str] = (), late: bool = False
 ) -> list[bytes]:
-    """Write the whole answer to ``message`` from what ``reply()`` returned.
+    """Write what ``reply()`` returned as XML: one answer, or several parts of a long text.
 
-    A str is a text reply, None and an empty text are no reply: the list is empty. A text over
-    ``MAX_TEXT`` bytes is cut between characters and ends in "…", or goes on in other messages. Of a
-    news reply, ArticleCount may be missing, and Articles may be the list itself.
+    The list is empty for no reply: None, or a text without characters that XML can carry. A text
+    is split where it exceeds ``MAX_TEXT`` bytes; what does not fit into the last part is cut off,
+    and "…" stands there. A news reply may lack ArticleCount, and its Articles may be a plain list.
 
     Args:
         message: the message that is answered.
         reply: a str, a dict from a builder, or None.
         now: Unix time in seconds, for CreateTime.
-        signs: what stands at the end of the first, second, … part of a text that goes on; after
-            as many parts it is cut.
-        late: the answer is given to another message, so the first article alone is kept.
+        endings: the text at the end of each part of a long text but the last. So there are
+            ``len(endings) + 1`` parts at most.
+        late: another message will be answered with this, so a news reply keeps one article.
 
     Raises:
         TypeError: ``reply`` is something else, or holds what ``to_xml`` cannot write.
@@ -65,44 +65,45 @@ def answer(
     fields = text(reply) if isinstance(reply, str) else reply
     if not isinstance(fields, dict):
         raise TypeError(f"reply() returned a {type(reply).__name__}, not a str, dict or None")
-    kind, contents = fields.get("MsgType"), []
+    kind = fields.get("MsgType")
     if not kind or not isinstance(kind, str):
         raise ValueError("the reply has no MsgType")
+    parts = [fields]
     if kind == "text":
         if not isinstance(fields.get("Content"), str):
             raise ValueError("the text reply has no Content")
-        contents = _split(drop_forbidden(fields["Content"]), signs)
-        if not contents:
-            return []
+        contents = _split(drop_forbidden(fields["Content"]), endings)
+        parts = [{**fields, "Content": content} for content in contents]
     elif kind == "news":
-        fields = _complete_news(fields, MAX_ARTICLES if message["MsgType"] == "event" else 1, late)
-    whole = {
+        limit = MAX_ARTICLES if message["MsgType"] == "event" else 1
+        parts = [_complete_news(fields, limit, late)]
+    head = {
         "ToUserName": message["FromUserName"],
         "FromUserName": message["ToUserName"],
         "CreateTime": int(now),
     }
-    whole = {**whole, **fields, **whole}  # these three first, and never the reply's own
-    return [to_xml({**whole, "Content": content}) for content in contents] or [to_xml(whole)]
+    return [to_xml({**head, **part, **head}) for part in parts]  # a part cannot replace the head
 
 
-def _split(content: str, signs: Sequence[str]) -> list[str]:
+def _split(content: str, endings: Sequence[str]) -> list[str]:
     contents: list[str] = []
-    while len(content.encode()) > MAX_TEXT and len(contents) < len(signs):
-        sign = signs[len(contents)]
-        part = _cut(content, MAX_TEXT - len(sign.encode()))
-        contents.append(part + sign)
-        content = content[len(part) :]
+    for ending in endings:
+        if len(content.encode()) <= MAX_TEXT:
+            break
+        start = _cut(content, MAX_TEXT - len(ending.encode()))
+        contents.append(start + ending)
+        content = content[len(start) :]
     if len(content.encode()) > MAX_TEXT:
         content = _cut(content, MAX_TEXT - len("…".encode())) + "…"
     return [*contents, content] if content else contents
 
 
 def _cut(content: str, size: int) -> str:
-    """Return as many characters as fit into ``size`` bytes."""
+    """Return as many whole characters as fit into ``size`` bytes."""
     return content.encode()[:size].decode(errors="ignore")
 
 
-def _complete_news(fields: Message, most: int, only_first: bool = False) -> Message:
+def _complete_news(fields: Message, limit: int, late: bool = False) -> Message:
     articles = fields.get("Articles")
     if isinstance(articles, dict):
         articles = articles.get("item")
@@ -110,8 +111,9 @@ def _complete_news(fields: Message, most: int, only_first: bool = False) -> Mess
         articles = [articles]
     if not isinstance(articles, list) or not all(isinstance(each, dict) for each in articles):
         raise ValueError("the news reply has no Articles, a list of dicts of Title, Url and so on")
-    articles = articles[:1] if only_first else articles
-    if not 1 <= len(articles) <= most:
+    if late:
+        articles = articles[:1]
+    if not 1 <= len(articles) <= limit:
         allowed = f"1 to {MAX_ARTICLES} may answer an event, 1 a message"
         raise ValueError(f"the news reply has {len(articles)} articles: {allowed}")
     return {**fields, "ArticleCount": len(articles), "Articles": {"item": articles}}
@@ -147,7 +149,7 @@ def music(
     description: str = "",
     hq_music_url: str = "",
 ) -> Message:
-    """Build a music reply; the thumbnail is an uploaded MediaId, empty fields are left out."""
+    """Build a music reply with an uploaded picture as thumbnail; empty fields are left out."""
     return {
         "MsgType": "music",
         "Music": _filled(
@@ -172,9 +174,9 @@ def news(articles: Sequence[Message]) -> Message:
 
 
 def transfer_customer_service(kf_account: str = "") -> Message:
-    """Build the hand-over to a human agent: ``kf_account`` (name@account), or whoever is free."""
-    message: Message = {"MsgType": "transfer_customer_service"}
-    return message | {"TransInfo": {"KfAccount": kf_account}} if kf_account else message
+    """Hand the chat to a human agent: ``kf_account`` (name@account), by default any free one."""
+    fields: Message = {"MsgType": "transfer_customer_service"}
+    return fields | {"TransInfo": {"KfAccount": kf_account}} if kf_account else fields
 
 
 def _filled(**fields: str) -> Message:

@@ -2,63 +2,65 @@
 
 Nested elements are dicts, repeated ones lists, every leaf a str. Sources of the rules: the
 platform's 接收普通消息 and 接收事件推送.
+
+WeChat puts what a follower typed into a CDATA section without escaping it. Here a follower typed
+``1]]></Content>2``:
+
+    <xml><MsgType><![CDATA[text]]></MsgType><Content><![CDATA[1]]></Content>2]]></Content></xml>
+
+No XML parser reads this. ``from_xml`` may end a CDATA section at any end mark of its element, here
+at either ``]]></Content>``. After the first one stands ``2``, which is no tag, so Content ends at
+the second. Each choice of ends is a reading of the body. Of the readings that make sense of the
+whole body, the simplest one is right: the one with the lowest ``_cost``.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
 
 MAX_DEPTH = 16  # elements inside one another; WeChat's own messages stay far below
-MAX_STEPS = 10_000  # tags that are looked at to read one body; WeChat's messages have some dozens
+MAX_STEPS = 10_000  # tags read in all readings of one body; WeChat's messages have some dozens
 
-# The fields that a follower is known to fill. There are others: when it is unclear to which field a
-# text belongs, these are only preferred.
+# The fields that a follower is known to fill. There are others, so these are only preferred.
 FILLED_BY_FOLLOWERS = frozenset(
     {"Content", "Title", "Description", "Url", "Label", "Poiname", "Recognition", "ScanResult"}
 )
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_ALLOWED = re.compile("[\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
-# Attributes are passed over, here and below: WeChat sends none.
+# Attributes are skipped, here and below: WeChat sends none.
 _BODY = re.compile(r"\ufeff?\s*(?:<\?xml\s[^>]*\?>\s*)?<xml(?:\s[^<>]*)?>(.*)</xml>\s*", re.DOTALL)
-# A whole element with a text, or a tag of one with elements. The last group that matches tells
-# which. A CDATA section is taken up to its first end mark.
+# A whole leaf, or the start tag or end tag of an element that holds others. The last group that
+# matches names the kind; in a leaf it is the text.
 _TAG = re.compile(
-    rf"\s*<(?:/({_NAME.pattern})"
-    rf"|({_NAME.pattern})(?:\s[^<>]*?)?(?:(/)"
-    r"|>(?:([^<]*)</\2|<!\[CDATA\[(.*?)\]\]></\2))?)>",
+    rf"\s*<(?:/(?P<end>{_NAME.pattern})"
+    rf"|(?P<start>{_NAME.pattern})(?:\s[^<>]*?)?(?:(?P<empty>)/"
+    r"|>(?:(?P<bare>[^<]*)</(?P=start)|<!\[CDATA\[(?P<cdata>.*?)\]\]></(?P=start)))?)>",
     re.ASCII | re.DOTALL,
 )
-_END_TAG, _START_TAG, _EMPTY, _BARE, _CDATA = 1, 2, 3, 4, 5
-_ESCAPED_END = "]]]]><![CDATA[>"  # of a CDATA section, in the text of a sender that escapes it
+_ESCAPED_END = "]]]]><![CDATA[>"  # "]]>" in a CDATA section of a sender that escapes it
 
-# An element: the names and positions of those around it, from the outside, and then its own.
+# An element: the name and position of each element from the outermost one down to it.
 _Path: TypeAlias = tuple[tuple[str, int], ...]
+# An element with a text, the text, and the position of a CDATA text in the body (-1: it is bare).
+_Leaf: TypeAlias = tuple[_Path, str, int]
+# How far a reading has come: the innermost open element, and the position in the body.
+_Place: TypeAlias = tuple[_Path, int]
 
 
 class MessageError(ValueError):
     """The bytes are no message of WeChat's. The text says why and quotes nothing of them."""
 
 
-class _Leaf(NamedTuple):
-    """An element with a text."""
-
-    path: _Path
-    text: str
-    start: int  # position of the text in a CDATA section, 0 if it stands bare
-
-
 def from_xml(body: bytes) -> Message:
     """Read ``<xml>…</xml>`` into a dict.
 
-    WeChat puts what a follower typed into a CDATA section as it is, be it a control character,
-    ``]]></Content>`` or a whole message. All of that is text here: bytes that are not UTF-8 are
-    replaced, characters that XML 1.0 forbids are dropped, and a CDATA section ends where the rest
-    of the body makes sense. Every end of line becomes LF.
+    Bytes that are not UTF-8 are replaced, characters that XML 1.0 forbids are dropped, and every
+    end of line becomes LF.
 
     Raises:
         MessageError: the body is not WeChat's XML. The text says what it looks like instead.
@@ -68,122 +70,120 @@ def from_xml(body: bytes) -> Message:
     whole = _BODY.fullmatch(text)
     if not whole:
         raise MessageError(f"the body is {_description(text)}")
-    return _read(whole[1].rstrip())
+    return _tree(_simplest_reading(whole[1].rstrip()))
 
 
-def _read(body: str) -> Message:
-    """Read the elements of a message.
+def _simplest_reading(body: str) -> list[_Leaf]:
+    """Return the leaves of the simplest reading of the elements of a message.
 
-    A CDATA section is first taken to end at its first end mark. Where the reading cannot go on, the
-    last section that has another end mark ends there, and the reading goes on after it. Of all
-    readings the simplest is right.
+    The first reading ends every CDATA section at its first end mark. When a reading is complete or
+    makes no sense, the next one moves the end of the last section that has another end mark.
 
     Raises:
         MessageError: there is no reading.
     """
+    simplest: list[_Leaf] | None = None
+    lowest_cost = (0, 0, 0)
     leaves: list[_Leaf] = []
-    parents: _Path = ()
-    position, message, lowest_cost = 0, None, (0, 0, 0)
+    place: _Place = ((), 0)
+    complete: _Place = ((), len(body))
     for _ in range(MAX_STEPS):
-        tag = None
-        if message is None or _cost(leaves) < lowest_cost:
-            if parents or position < len(body):
-                tag = _TAG.match(body, position)
-            else:
-                message, lowest_cost = _tree(leaves), _cost(leaves)
-                if not lowest_cost[1]:  # no text looks like XML: there is no simpler reading
+        after = None
+        if simplest is None or _cost(leaves) < lowest_cost:
+            if place == complete:
+                simplest, lowest_cost = leaves.copy(), _cost(leaves)
+                if lowest_cost[1] == 0:  # no other reading is simpler: moving an end adds a "]]>"
                     break
-        after = tag and _after(tag, parents, leaves)
-        if tag and after is not None:
-            parents, position = after, tag.end()
-        elif place := _end_elsewhere(body, leaves):
-            parents, position = place
-        else:
+            after = _read_tag(body, place, leaves)
+        after = after or _move_last_end(body, leaves)
+        if not after:
             break
-    if message is None:
+        place = after
+    if simplest is None:
         raise MessageError("the body is not WeChat's XML")
-    return message
+    return simplest
 
 
-def _after(tag: re.Match[str], parents: _Path, leaves: list[_Leaf]) -> _Path | None:
-    """Add the leaf that ``tag`` is, if any.
+def _read_tag(body: str, place: _Place, leaves: list[_Leaf]) -> _Place | None:
+    """Read a tag, or a whole leaf and add it to ``leaves``.
 
     Returns:
-        The elements that are open after the tag; None if it cannot stand here.
+        The place after it; None if what stands here makes no sense.
     """
-    kind = tag.lastindex
-    if kind == _END_TAG:
-        return parents[:-1] if parents and parents[-1][0] == tag[1] else None
-    path = (*parents, (tag[2], tag.start()))
-    if kind == _START_TAG:
-        return path if len(path) <= MAX_DEPTH else None
-    if kind == _CDATA:
-        if _is_typed(path, leaves):
-            return None
-        leaves.append(_Leaf(path, tag[5], tag.start(5)))
-    else:
-        if "]]>" in (tag[4] or ""):
-            return None
-        leaves.append(_Leaf(path, tag[4] or "", 0))
-    return parents
+    parents, position = place
+    tag = _TAG.match(body, position)
+    if not tag:
+        return None
+    kind = tag.lastgroup or ""
+    if kind == "end":
+        is_open = parents and parents[-1][0] == tag["end"]
+        return (parents[:-1], tag.end()) if is_open else None
+    path = (*parents, (tag["start"], tag.start()))
+    if kind == "start":
+        return (path, tag.end()) if len(path) <= MAX_DEPTH else None
+    if _is_typed(path, leaves) if kind == "cdata" else "]]>" in tag[kind]:
+        return None
+    leaves.append((path, tag[kind], tag.start("cdata")))
+    return parents, tag.end()
 
 
 def _is_typed(path: _Path, leaves: list[_Leaf]) -> bool:
-    """Tell whether what seems to be an element with a CDATA section is part of a follower's text.
+    """Tell whether an element with a CDATA section was typed by a follower.
 
     WeChat never puts a CDATA section beside an element of the same name, nor into an element of the
     message itself whose name is repeated. ``to_xml`` writes such lists without CDATA.
     """
-    field, parents, name = path[0], path[:-1], path[-1][0]
+    field, field_name = path[0], path[0][0]
     for other, _, _ in leaves:
-        if other[0][0] == field[0] and (
-            other[0] != field or (other[:-1] == parents and other[-1][0] == name)
-        ):
-            return True
+        if other[0][0] == field_name:
+            is_beside = other[:-1] == path[:-1] and other[-1][0] == path[-1][0]
+            if is_beside or other[0] != field:
+                return True
     return False
 
 
 def _cost(leaves: list[_Leaf]) -> tuple[int, int, int]:
-    """Return how far a reading is from the simplest one.
+    """Return what a simple reading has few of, the most important first.
 
-    Few texts look like XML, above all few that no follower is known to type, and there are few
-    elements: what can be a part of a text is one.
+    First texts that contain "]]>" in fields that no follower is known to fill, then all texts that
+    contain "]]>", then elements.
     """
-    like_xml = [path[-1][0] for path, text, _ in leaves if "]]>" in text]
-    unlikely = sum(name not in FILLED_BY_FOLLOWERS for name in like_xml)
-    return unlikely, len(like_xml), len(leaves)
+    names = [path[-1][0] for path, text, _ in leaves if "]]>" in text]
+    unlikely = sum(name not in FILLED_BY_FOLLOWERS for name in names)
+    return unlikely, len(names), len(leaves)
 
 
-def _end_elsewhere(body: str, leaves: list[_Leaf]) -> tuple[_Path, int] | None:
-    """Let the last CDATA section that can do so end at its next end mark.
+def _move_last_end(body: str, leaves: list[_Leaf]) -> _Place | None:
+    """Move the end of the last CDATA section that has another end mark; drop the leaves after it.
 
     Returns:
-        The elements that are open after it, and the position there; None if there is no section.
+        The place after the section; None if no section has another end mark.
     """
     while leaves:
         path, text, start = leaves.pop()
         end_mark = f"]]></{path[-1][0]}>"
-        if start and (end := body.find(end_mark, start + len(text) + 1)) >= 0:
-            leaves.append(_Leaf(path, body[start:end], start))
+        if start >= 0 and (end := body.find(end_mark, start + len(text) + 1)) >= 0:
+            leaves.append((path, body[start:end], start))
             return path[:-1], end + len(end_mark)
     return None
 
 
 def _tree(leaves: list[_Leaf]) -> Message:
     """Return the leaves as nested dicts and lists."""
-    dicts: dict[_Path, Message] = {(): {}}
+    elements: dict[_Path, Message] = {(): {}}  # that hold others; () is the message
     for path, text, start in leaves:
-        _add(dicts, path, text.replace(_ESCAPED_END, "]]>") if start else html.unescape(text))
-    return dicts[()]
+        value = html.unescape(text) if start < 0 else text.replace(_ESCAPED_END, "]]>")
+        _add(elements, path, value)
+    return elements[()]
 
 
-def _add(dicts: dict[_Path, Message], path: _Path, value: Any) -> None:
-    """Put ``value`` at ``path``; ``dicts`` are the elements that hold others, by their paths."""
+def _add(elements: dict[_Path, Message], path: _Path, value: Any) -> None:
+    """Put ``value`` at ``path``; make the elements around it if they are missing."""
     parents, name = path[:-1], path[-1][0]
-    if parents not in dicts:
-        dicts[parents] = {}
-        _add(dicts, parents, dicts[parents])
-    fields = dicts[parents]
+    if parents not in elements:
+        elements[parents] = {}
+        _add(elements, parents, elements[parents])
+    fields = elements[parents]
     if name not in fields:
         fields[name] = value
     elif isinstance(fields[name], list):
@@ -209,27 +209,30 @@ def _description(text: str) -> str:
 def to_xml(message: Message) -> bytes:
     """Write a dict as ``<xml>…</xml>`` in UTF-8; ``from_xml`` reads the same dict back.
 
-    A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped. What XML
-    cannot tell apart is read as the simpler: an int as a str, an empty dict as "", a list of one
-    as its item, an empty list not at all, and every end of line as LF.
+    A str becomes CDATA, an int stands bare. Characters that XML 1.0 forbids are dropped. Some
+    values are read back as simpler ones: an int as a str, an empty dict as "", a list of one item
+    as the item, an empty list as no field, and every end of line as LF.
 
     Raises:
-        ValueError: a key that cannot be the name of an element.
-        TypeError: a value that is no str, int, dict, or list of these.
+        ValueError: a key cannot be the name of an element.
+        TypeError: a value is no str, int, dict, or list of these.
     """
-    return f"<xml>{_elements(message, in_message=True)}</xml>".encode()
+    return f"<xml>{_elements(message, is_message=True)}</xml>".encode()
 
 
-def _elements(fields: Message, *, in_message: bool = False, bare: bool = False) -> str:
-    """Write the elements in one; ``in_message``: in the message itself; ``bare``: without CDATA."""
+def _elements(fields: Message, *, is_message: bool = False, bare: bool = False) -> str:
+    """Write the elements of a message, or those in an element; ``bare``: all without CDATA.
+
+    ``from_xml`` takes CDATA in repeated elements for a follower's text, except in a list of dicts
+    inside an element, such as Articles. So the others are written bare.
+    """
     parts = []
     for name, value in fields.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of an XML element")
-        items = value if isinstance(value, list) else [value]
-        for item in items:
-            # from_xml takes repeated elements with CDATA for something that a follower typed.
-            is_bare = bare or (items is value and (in_message or isinstance(item, str)))
+        is_list = isinstance(value, list)
+        for item in value if is_list else [value]:
+            is_bare = bare or (is_list and (is_message or isinstance(item, str)))
             if isinstance(item, dict):
                 content = _elements(item, bare=is_bare)
             elif isinstance(item, str):
@@ -237,14 +240,14 @@ def _elements(fields: Message, *, in_message: bool = False, bare: bool = False) 
             elif type(item) is int:
                 content = str(item)
             else:
-                what = f"an item of {name}" if items is value else name
+                what = f"an item of {name}" if is_list else name
                 raise TypeError(f"{what} is a {type(item).__name__}, not a str, int, dict or list")
             parts.append(f"<{name}>{content}</{name}>")
     return "".join(parts)
 
 
 def _text(text: str, bare: bool) -> str:
-    # First of all: without the characters that are dropped, a new "]]>" may stand there.
+    # Drop characters before looking for "]]>": dropping one can make another "]]>".
     text = drop_forbidden(text)
     if bare:
         return html.escape(text, quote=False)
@@ -253,4 +256,4 @@ def _text(text: str, bare: bool) -> str:
 
 def drop_forbidden(text: str) -> str:
     """Return the text without the characters that XML 1.0 forbids."""
-    return _NOT_XML.sub("", text)
+    return "".join(_ALLOWED.findall(text))
