@@ -11,7 +11,6 @@ This file works when copied out alone, on any POSIX system, given a function tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -25,6 +24,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
+try:
+    import fcntl
+except ModuleNotFoundError:
+    sys.exit("token_store: needs Linux or macOS; on Windows use WSL")
+
 POLL = 0.02  # seconds between two tries to get the lock
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds from a failed fetch to the next; doubled each time
 REFUSED_APART = 30.0  # seconds between two refused tokens; the platform's rule for force_refresh
@@ -32,7 +36,7 @@ LONGEST_LIFE = 7200  # seconds; the platform's limit for expires_in
 CLOCK_STEP = 60.0  # seconds; a clock that was set back further says nothing of a token's age
 FILE_SIZE = 8192  # bytes; a token needs 512
 
-_ACCESS_TOKEN = re.compile("[!-~]{1,1024}")
+_TOKEN = re.compile("[!-~]{1,1024}")
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _lock_holders: dict[tuple[int, str], int] = {}  # the thread, by process id and lock file
 # Nobody can set this clock back. CLOCK_BOOTTIME also counts while the machine is suspended.
@@ -151,10 +155,8 @@ class TokenStore:
     def _renew(self, stale: str | None = None) -> _State:
         """Return a state with a token that is valid and not ``stale``; fetch one if needed."""
         give_up_at = time.monotonic() + self._give_up_after
-        if stale is not None:
-            self._read(latest=True)  # another process may have replaced it already
         while True:
-            state = self._read()
+            state = self._read(latest=stale is not None)  # another process may have replaced it
             if state.access_token != stale and self._is_fresh(state):
                 return state
             if not self._seconds_to_wait(state):
@@ -294,9 +296,7 @@ class TokenStore:
 
 
 def _is_valid(token: object, life: int) -> bool:
-    return (
-        isinstance(token, str) and bool(_ACCESS_TOKEN.fullmatch(token)) and 0 < life <= LONGEST_LIFE
-    )
+    return 0 < life <= LONGEST_LIFE and isinstance(token, str) and bool(_TOKEN.fullmatch(token))
 
 
 class FilePlace:

@@ -272,6 +272,10 @@ def main() -> None:
     port = parser.parse_args().port
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        import fcntl  # noqa: F401  (what keeps files needs it)
+    except ModuleNotFoundError:
+        sys.exit("wxserver: needs Linux or macOS; on Windows use WSL")
+    try:
         config = load()
         if config.redis:
             from wechat import redis_store

@@ -1001,3 +1001,19 @@ def test_threads_of_one_store_share_one_fetch(make: Maker, fake_api: FakeApi) ->
     with ThreadPoolExecutor(30) as pool:
         assert set(pool.map(ask, range(30))) == {fake_api.token}
     assert len(fake_api.fetches) == 1
+
+
+@pytest.mark.parametrize("program", ["wxserver.py", "token_store.py"])
+def test_without_fcntl_as_on_windows_one_line_says_what_is_needed(
+    run: Run, tmp_path: Path, program: str
+) -> None:
+    (tmp_path / "config.ini").touch()
+    without = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:];"
+    without += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = run(
+        *("-c", without, str(ROOT / program)),
+        env={"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": "AAAAA"},
+    )
+    out, errors = process.communicate(timeout=20)
+    assert errors == f"{program[:-3]}: needs Linux or macOS; on Windows use WSL\n"
+    assert (out, process.returncode) == ("", 1)
