@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import wechat.config
 from wechat.config import ConfigError
-from wxsim import client, fake_api, follower, load, messages
+from wxsim import client, fake_api_command, follower, load, messages
 from wxsim.client import Account
 from wxsim.messages import EVENTS, MESSAGES, Outgoing
 
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("chat", parents=[common, message], help="a conversation in the terminal")
     steady = "a steady stream of messages, checked and timed"
     load.add_arguments(commands.add_parser("load", parents=[common], help=steady))
-    fake_api.add_arguments(commands.add_parser("api", help="a fake api.weixin.qq.com"))
+    fake_api_command.add_arguments(commands.add_parser("api", help="a fake api.weixin.qq.com"))
     command = commands.add_parser("check", help="look whether a real account has all that it needs")
     command.add_argument("--url", help="the callback's public address, as in the console")
     return parser
@@ -242,7 +242,7 @@ def _run() -> None:
         sys.exit(check.main(arguments.url))
     config = wechat.config.load()
     if arguments.command == "api":
-        fake_api.main(arguments, config)
+        fake_api_command.main(arguments, config)
         return
     to = client.account(config, arguments.url, arguments.token)
     if not client.is_url(to.url):

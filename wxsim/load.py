@@ -19,8 +19,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from wxsim import client, follower, messages
+from wxsim.arguments import number
 from wxsim.client import Account
-from wxsim.fake_api import number
 
 MOST_LATE = 1.0  # seconds after its due time at which a message is not sent any more
 SPARE_FILES = 64  # open files that are kept for other things than messages
