@@ -31,7 +31,7 @@ PENDING_FOR = 3600.0  # seconds that the follower's messages ask for a pending a
 PUSH_DELAY = 1.0  # seconds, so that what is pushed comes after the answer itself
 MAX_PARTS = 10  # messages that a long text may go on in
 # The sign at the end of a text that goes on: by itself, or with the follower's next message.
-PUSHED_SIGN, NEXT_SIGN = "…（未完）", "…（未完，发送任意消息继续）"
+PUSHED_ENDING, NEXT_ENDING = "…（未完）", "…（未完，发送任意消息继续）"
 MAY_BE_LOST = "a late answer may be lost"
 MAY_BE_GIVEN_TWICE = "a late answer may be given twice"
 
@@ -113,14 +113,14 @@ class LateAnswers:
         self._store, self._push, self._clock, self._drop = store, push, clock, drop
         self._log = ErrorLog(clock)
 
-    def signs(self, message: dict[str, Any], is_late: bool) -> list[str]:
-        """Return the signs at the end of the parts of a long text; none: it has one part."""
+    def endings(self, message: dict[str, Any], is_late: bool) -> list[str]:
+        """Return how the parts of a long text end, but for the last; none: it has one part."""
         if self._drop:
             return []
         pushed = 0
         if self._push:
             pushed = max_pushes(message) - is_late  # the first part of a late answer is pushed too
-        return [PUSHED_SIGN] * pushed + [NEXT_SIGN] * (MAX_PARTS - 1 - pushed)
+        return [PUSHED_ENDING] * pushed + [NEXT_ENDING] * (MAX_PARTS - 1 - pushed)
 
     def mark_pending(self, follower: str, name: str, owner: str) -> None:
         """Note that the follower was told to wait, unless the answer is here already."""

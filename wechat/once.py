@@ -249,7 +249,7 @@ def from_config(
     late = LateAnswers(store, push, clock, drop=config.late == "drop")
 
     def write_parts(message: Message, reply: Any, is_late: bool) -> Parts:
-        return write(message, reply, late.signs(message, is_late), is_late)
+        return write(message, reply, late.endings(message, is_late), is_late)
 
     return ReplyOnce(answers, late, write_parts, config.late_text, typing=typing, clock=clock)
 
