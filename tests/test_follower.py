@@ -154,4 +154,4 @@ def test_no_mangled_envelope_passes_for_another_reply(piece: bytes, start: int, 
     ids=["control", "cdata", "utf-8", "nul", "deep"],
 )
 def test_an_answer_that_is_not_well_formed_cannot_be_used_by_wechat(body: bytes) -> None:
-    assert read(body).problem.startswith("bad XML: ")
+    assert read(body).problem.startswith("it is not XML: ")
