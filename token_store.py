@@ -11,7 +11,6 @@ This file works when copied out alone, on any POSIX system, given a function tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -24,6 +23,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    sys.exit("The token store needs Linux or macOS; on Windows use WSL")
 
 POLL = 0.02  # seconds between two tries to get the lock
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds from a failed fetch to the next; doubled each time

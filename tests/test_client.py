@@ -237,10 +237,13 @@ def test_an_answer_is_read_however_it_comes(pieces: tuple[bytes, ...]) -> None:
         (b"", "the connection broke off"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "the answer is not HTTP"),
         (b"<xml></xml>\r\n\r\n", "the answer is not HTTP"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", "the answer broke off"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello",
+            "the answer is not HTTP, or not whole",
+        ),
         (
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhello",
-            "the answer broke off",
+            "the answer is not HTTP, or not whole",
         ),
     ],
     ids=["nothing", "another protocol", "a bare body", "too short", "a chunk too short"],
@@ -270,7 +273,7 @@ def test_an_answer_without_end_is_given_up_and_fills_no_memory(head: bytes, more
 
     with listening(talk) as port:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-        with pytest.raises(NoAnswer, match=r"larger than 4194304 bytes|broke off|is not HTTP"):
+        with pytest.raises(NoAnswer, match=r"larger than 4194304 bytes|is not HTTP"):
             get(port)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
 
@@ -332,9 +335,9 @@ def test_over_https_only_a_trusted_certificate_will_do(
     with listening(talk) as port:
         printed = verification(run, tmp_path, f"https://127.0.0.1:{port}/wx", **env)
     if trusted:
-        assert "something else came in place of echostr: 'hello'" in printed
+        assert re.search(r"in place of echostr, \d{19}, came 'hello'", printed)
     else:
-        assert re.search("TLS failed: self.signed certificate", printed)
+        assert re.search("TLS failed: .*self.signed certificate", printed)
 
 
 def verification(run: Run, folder: Path, url: str, **env: str) -> str:
@@ -355,12 +358,11 @@ def test_https_to_a_server_of_plain_http_is_told_in_words() -> None:
 
 
 def test_three_silences_and_wechat_gives_up() -> None:
-    failures: list[tuple[int, str]] = []
     with listening(never_answers) as port:
         to = Account(f"http://127.0.0.1:{port}/wx", TOKEN)
-        answer = client.deliver(to, MESSAGE, lambda *f: failures.append(f), timeout=0.1)
-    assert answer is None
-    assert failures == [(number, "no answer within 0.1 s") for number in (1, 2, 3)]
+        tries = list(client.deliver(to, MESSAGE, timeout=0.1))
+    assert [each.answer for each in tries] == [None] * 3
+    assert [each.failure for each in tries] == ["no answer within 0.1 s"] * 3
 
 
 def test_a_verification_that_takes_too_long_fails() -> None:
