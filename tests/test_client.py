@@ -399,7 +399,7 @@ def test_the_signature_joins_whatever_query_the_url_has(path: str, start: str) -
 
 def test_by_default_the_callback_is_the_local_servers_with_its_own_token(tmp_path: Path) -> None:
     config = Config(path="/here", state_dir=tmp_path)
-    account = client.account(config)
+    account = client.from_config(config)
     assert account.url == "http://127.0.0.1:8000/here"
     assert account.token == (tmp_path / "callback_token").read_text().strip()
     assert account.token not in repr(account)

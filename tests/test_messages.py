@@ -70,7 +70,7 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     )
     got: list[dict[str, Any]] = []
     app = TestApp(create_application(config, got.append))
-    account = client.account(config, "http://localhost/wx")
+    account = client.from_config(config, "http://localhost/wx")
     url, body = client.request(account, messages.outgoing(message))
     assert app.post(url, body).body == b"success"
     (only,) = got
@@ -172,14 +172,14 @@ def test_what_is_typed_goes_out_as_it_is(typed: str) -> None:
 def test_any_text_goes_out_as_it_is_in_a_nested_field_too(typed: str) -> None:
     message = made("location_select")
     messages.set_fields(message, [f"SendLocationInfo.Label={typed}"])
-    xml = messages.as_wechat_writes(message)
+    xml = messages.to_unescaped_xml(message)
     assert f"<Label><![CDATA[{typed}]]></Label>".encode() in xml
 
 
 def test_what_needs_no_escape_is_read_as_it_was() -> None:
     for kind in PAGES:
         message = made(kind)
-        read = from_xml(messages.as_wechat_writes(message))
+        read = from_xml(messages.to_unescaped_xml(message))
         assert read == {k: str(v) if isinstance(v, int) else v for k, v in message.items()}
 
 

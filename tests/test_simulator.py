@@ -28,7 +28,7 @@ import wxsim.__main__
 from wechat.crypto import MessageCipher
 from wechat.message import from_xml, to_xml
 from wxsim import messages
-from wxsim.follower import FAULT
+from wxsim.follower import APOLOGY
 
 WXSIM = ("-m", "wxsim")
 ENCRYPTED = f"[wechat]\nappid = {APPID}\nencoding_aes_key = {KEY}\n"
@@ -303,7 +303,7 @@ def test_nobody_there_is_told_in_words(process: Wxsim) -> None:
     words = "the connection was refused; is the server running?"
     assert (done.out, done.status) == (f"Token验证失败: {words}\n", 1)
     done = process("text", "--url", url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     assert done.errors == (
         f"(try 1 of 3: {words}; sent again)\n"
         f"(try 2 of 3: {words}; sent again)\n"
@@ -375,7 +375,7 @@ def test_a_failed_try_is_repeated_twice_with_the_same_message_and_then_given_up(
 ) -> None:
     broken = bot(answer)
     done = sim("text", "hello", "--url", broken.url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     tries = done.errors.splitlines()
     assert [line[:12] for line in tries] == [f"(try {n} of 3:" for n in (1, 2, 3)]
     assert all(why in line for line in tries)
@@ -493,7 +493,7 @@ def test_a_malformed_answer_is_the_fault_message_and_says_what_is_wrong(
 ) -> None:
     broken = bot(answer)
     done = sim("text", "--url", broken.url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     assert re.match(rf"\(WeChat cannot use the answer: {why}", done.errors)
     assert len(broken.asked) == 1
 
@@ -537,7 +537,7 @@ def test_in_safe_mode_a_malformed_answer_says_what_is_wrong(
     bot: Callable[[Answer], Bot], sim: Wxsim, make: Callable[[bytes], bytes], why: str
 ) -> None:
     done = sim("text", "--url", bot(answer_to_encrypted(make)).url, config=ENCRYPTED)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     assert re.match(rf"\(WeChat cannot use the answer: {why}", done.errors)
 
 
@@ -616,9 +616,9 @@ def test_what_answers_a_raw_body_without_names_is_shown_too(
     [
         ((), "a COMMAND or --raw FILE is needed; try: verify, or text hello"),
         (("tex",), "invalid choice: 'tex'"),
-        (("text", "--set", "Content"), "--set 'Content' is not NAME=VALUE"),
-        (("text", "--set", "a b=c"), "--set 'a b=c' is not NAME=VALUE"),
-        (("--raw", "/nowhere"), "--raw: /nowhere: No such file or directory"),
+        (("text", "--set", "Content"), "error: 'Content' is not NAME=VALUE"),
+        (("text", "--set", "a b=c"), "error: 'a b=c' is not NAME=VALUE"),
+        (("--raw", "/nowhere"), "No such file or directory: '/nowhere'"),
         (("verify", "--url", "127.0.0.1:8000/wx"), "--url must be http://… or https://…, not '127"),
         (("verify", "--url", "ftp://a/"), "--url must be http://… or https://…"),
         (("verify", "--url", "http://a:99999/"), "--url must be http://… or https://…"),
@@ -681,7 +681,7 @@ def test_a_chat_outlives_whatever_goes_wrong_in_it(
     ]
     done = process("chat", "--url", bot(answer).url, typed="\n".join(typed))
     lines = done.out.splitlines()
-    assert lines[:2] == [FAULT, FAULT]
+    assert lines[:2] == [APOLOGY, APOLOGY]
     assert lines[2:4] == [
         f"there is no '{line}'; /help says what there is" for line in ("/nonsense", "/event")
     ]

@@ -39,12 +39,12 @@ What you type goes to the account as a text. Besides that there are
 Known EVENTs are {", ".join(EVENTS)}"""
 
 
-def send(to: Account, message: Outgoing, wire: bool = False) -> bool:
+def send(account: Account, message: Outgoing, wire: bool = False) -> bool:
     """Send a message as WeChat does and print what the follower sees, and the ``wire`` if wanted.
 
     Return whether the follower sees something else than WeChat's own apology.
     """
-    for number, attempt in enumerate(client.deliver(to, message), 1):
+    for number, attempt in enumerate(client.deliver(account, message), 1):
         if wire:
             _print_wire(f"→ POST {attempt.url}", attempt.body)
             if attempt.body != message.xml:
@@ -54,9 +54,9 @@ def send(to: Account, message: Outgoing, wire: bool = False) -> bool:
             _note(f"try {number} of {client.TRIES}: {attempt.failure}; {then}")
     answer = attempt.answer
     if not answer:
-        print(follower.FAULT)
+        print(follower.APOLOGY)
         return False
-    shown = follower.read(to, message.fields, answer.body)
+    shown = follower.show(account, message.fields, answer.body)
     if wire:
         _print_wire(f"← {answer.status} in {answer.seconds * 1000:.1f} ms", answer.body)
         if shown.xml not in (b"", answer.body):
@@ -80,9 +80,9 @@ def _note(text: str) -> None:
     print(f"({text})", file=sys.stderr, flush=True)
 
 
-def verify(to: Account) -> bool:
+def verify(account: Account) -> bool:
     """Do what the console does on 提交, and print what it would say."""
-    problem = client.verify(to)
+    problem = client.verify(account)
     if not problem:
         print("提交成功: the server answered with echostr")
     elif problem.startswith("no answer within"):
@@ -92,13 +92,13 @@ def verify(to: Account) -> bool:
     return not problem
 
 
-def chat(to: Account, name: str, wire: bool) -> None:
+def chat(account: Account, name: str, wire: bool) -> None:
     """Talk to the account as the follower ``name``, line by line, until the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  to import it gives input() its history
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print(f"{to.url}; /help says what there is besides text")
+        print(f"{account.url}; /help says what there is besides text")
     while True:
         try:
             line = input(f"{name}> " if is_terminal else "").strip(" \t\r")
@@ -111,7 +111,7 @@ def chat(to: Account, name: str, wire: bool) -> None:
             elif line.startswith("/as "):
                 name = line[4:].strip() or name
             elif line:
-                send(to, _chat_message(line, name), wire)
+                send(account, _chat_message(line, name), wire)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common],
     )
-    parser.add_argument("--raw", type=_read, metavar="FILE", help="a body as it is; - is stdin")
+    parser.add_argument("--raw", type=Path, metavar="FILE", help="a body as it is")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     names = (*MESSAGES, "event", "verify", "chat", "load", "api", "check")
     parsers = {name: commands.add_parser(name, parents=[common]) for name in names}
@@ -180,13 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     load.add_arguments(parsers["load"])
     fake_api.add_arguments(parsers["api"])
     return parser
-
-
-def _read(path: str) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
 
 
 def main() -> None:
@@ -216,7 +209,7 @@ def _run() -> bool:
     parser = _parser()
     defaults = argparse.Namespace(url="", token="", name="me", xml=False)
     arguments = parser.parse_args(namespace=defaults)
-    if bool(arguments.command) == (arguments.raw is not None):
+    if bool(arguments.command) == bool(arguments.raw):
         parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
     if arguments.command == "check":
         from wxsim import check
@@ -226,39 +219,41 @@ def _run() -> bool:
     if arguments.command == "api":
         fake_api.main(arguments, config)
         return True
-    to = client.account(config, arguments.url, arguments.token)
-    if not client.is_url(to.url):
-        parser.error(f"--url must be http://… or https://…, not {to.url!r}")
+    account = client.from_config(config, arguments.url, arguments.token)
+    if not client.is_url(account.url):
+        parser.error(f"--url must be http://… or https://…, not {account.url!r}")
     match arguments.command:
         case "verify":
-            return verify(to)
+            return verify(account)
         case "load":
-            return load.main(arguments, to)
+            return load.main(arguments, account)
         case "chat":
-            chat(to, arguments.name, arguments.xml)
+            chat(account, arguments.name, arguments.xml)
             return True
     try:
         message = _argued_message(arguments)
-    except ValueError as error:
-        parser.error(f"--set {error}")
-    return send(to, message, arguments.xml)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return send(account, message, arguments.xml)
 
 
 def _argued_message(arguments: argparse.Namespace) -> Outgoing:
     """Make the message that the command line stands for.
 
     Raises:
+        OSError: the file of --raw cannot be read.
         ValueError: a --set is wrong.
     """
-    match arguments.command:
-        case None:
-            return messages.outgoing_raw(arguments.raw, messages.openid(arguments.name))
-        case "event":
-            key = [] if arguments.key is None else [f"EventKey={arguments.key}"]
-            return _message("event", arguments.name, key + arguments.settings, arguments.event)
-        case "text" if arguments.content:
-            arguments.settings.insert(0, f"Content={' '.join(arguments.content)}")
-    return _message(arguments.command, arguments.name, arguments.settings)
+    if arguments.raw:
+        return messages.outgoing_raw(arguments.raw.read_bytes(), messages.openid(arguments.name))
+    settings, event = arguments.settings, ""
+    if arguments.command == "text" and arguments.content:
+        settings = [f"Content={' '.join(arguments.content)}", *settings]
+    if arguments.command == "event":
+        event = arguments.event
+        if arguments.key is not None:
+            settings = [f"EventKey={arguments.key}", *settings]
+    return _message(arguments.command, arguments.name, settings, event)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Sources of the rules: the platform's 接入指南, 获取微信服务器IP地址
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import tempfile
@@ -103,10 +102,10 @@ def _permissions(config: Config, path: Path) -> str:
         raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")
     if info.st_mode & 0o022:
         raise Fault(f"others can change where secrets are sent: chmod 644 {path}")
-    for kept in (config.state_dir / "callback_token", config.state_dir / "access_token.json"):
-        with contextlib.suppress(FileNotFoundError):
-            if kept.stat().st_mode & 0o077:
-                raise Fault(f"others can get at the secret in {kept}: chmod 600 {kept}")
+    for name in ("callback_token", "access_token.json"):
+        file = config.state_dir / name
+        if file.exists() and file.stat().st_mode & 0o077:
+            raise Fault(f"others can get at the secret in {file}: chmod 600 {file}")
     return "nobody else can get at a secret"
 
 
@@ -162,11 +161,10 @@ def _clock(config: Config) -> str:
         raise Fault(f"{host} gives no time to compare with; look at timedatectl") from None
     limit = min(CLOCK_TOLERANCE, config.max_age or CLOCK_TOLERANCE)
     if abs(ahead) > limit:
-        which = "behind" if ahead > 0 else "ahead of"
-        refused = ""
+        off = f"{abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} {host}"
         if 0 < config.max_age < abs(ahead):
-            refused = f", so messages are refused (max_age is {config.max_age} s)"
-        raise Fault(f"{abs(ahead):.0f} s {which} {host}{refused}; timedatectl set-ntp true")
+            off += f", so messages are refused (max_age is {config.max_age} s)"
+        raise Fault(f"{off}; timedatectl set-ntp true")
     return f"less than {limit:.0f} s from {host}"
 
 
@@ -176,9 +174,9 @@ def _callback(config: Config, url: str) -> str:
         raise Fault(f"not checked; add --url https://YOUR.NAME{config.path}")
     if not client.is_url(url):
         raise Fault("--url must be http://… or https://…, as in the console")
-    made = config.state_dir / "callback_token"
+    file = config.state_dir / "callback_token"
     # Only the server makes one: it logs the Token, and the file must belong to its user.
-    if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
+    if not config.token and not config.redis and not (file.exists() and file.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
     if why := client.verify(Account(url, wechat.config.callback_token(config))):
         raise Fault(why)
@@ -224,5 +222,5 @@ def _callback_check(config: Config) -> str:
             f"WeChat's ping to {', '.join(lost)} is lost: the address must be this server's, and"
             " every firewall, the provider's too, let ping through"
         )
-    told = [f"{ping['ip']} from {ping['from_operator']} in {ping['time']}" for ping in pings]
-    return f"WeChat's ping came back: {', '.join(told)}"
+    came = [f"{ping['ip']} from {ping['from_operator']} in {ping['time']}" for ping in pings]
+    return f"WeChat's ping came back: {', '.join(came)}"

@@ -65,7 +65,7 @@ class Try:
     failure: str = ""
 
 
-def account(config: Config, url: str = "", token: str = "") -> Account:
+def from_config(config: Config, url: str = "", token: str = "") -> Account:
     """Return the callback of config.ini: by default at the local server, with its Token.
 
     Raises:
@@ -91,38 +91,40 @@ def is_url(url: str) -> bool:
     )
 
 
-def signed_url(to: Account, query: dict[str, str], encrypt: str = "") -> str:
+def signed_url(account: Account, query: dict[str, str], encrypt: str = "") -> str:
     """Return the URL of a request that WeChat makes now, with ``query`` after the signature.
 
     ``encrypt`` is the Encrypt of the body, if it has one: msg_signature covers it.
     """
     timestamp, nonce = str(int(time.time())), str(secrets.randbelow(10**9))
-    signature = wechat.crypto.sign(to.token, timestamp, nonce)
+    signature = wechat.crypto.sign(account.token, timestamp, nonce)
     query = {"signature": signature, "timestamp": timestamp, "nonce": nonce, **query}
     if encrypt:
-        signature = wechat.crypto.sign(to.token, timestamp, nonce, encrypt)
+        signature = wechat.crypto.sign(account.token, timestamp, nonce, encrypt)
         query |= {"encrypt_type": "aes", "msg_signature": signature}
-    return f"{to.url}{'&' if '?' in to.url else '?'}{urlencode(query)}"
+    return f"{account.url}{'&' if '?' in account.url else '?'}{urlencode(query)}"
 
 
-def request(to: Account, message: Outgoing) -> tuple[str, bytes]:
+def request(account: Account, message: Outgoing) -> tuple[str, bytes]:
     """Return the URL and the body of the request that brings ``message``, encrypted if need be."""
     fields, body = message.fields, message.xml
     encrypt = str(fields.get("Encrypt", ""))  # of a raw message that was encrypted before
-    if to.cipher and not message.raw:
-        encrypt = to.cipher.encrypt(message.xml)
-        readable = fields if to.encryption == "compatible" else {"ToUserName": fields["ToUserName"]}
-        body = messages.as_wechat_writes({**readable, "Encrypt": encrypt})
-    return signed_url(to, {"openid": message.openid}, encrypt), body
+    if account.cipher and not message.raw:
+        encrypt = account.cipher.encrypt(message.xml)
+        readable = (
+            fields if account.encryption == "compatible" else {"ToUserName": fields["ToUserName"]}
+        )
+        body = messages.to_unescaped_xml({**readable, "Encrypt": encrypt})
+    return signed_url(account, {"openid": message.openid}, encrypt), body
 
 
-def deliver(to: Account, message: Outgoing, timeout: float = WECHAT_TIMEOUT) -> Iterator[Try]:
+def deliver(account: Account, message: Outgoing, timeout: float = WECHAT_TIMEOUT) -> Iterator[Try]:
     """Send a message as WeChat does, ``TRIES`` times at most, until a try has an answer.
 
     ``timeout`` is seconds for each try.
     """
     for _ in range(TRIES):
-        url, body = request(to, message)
+        url, body = request(account, message)
         try:
             answer = _exchange_ok(url, body, timeout)
         except NoAnswer as error:
@@ -132,11 +134,11 @@ def deliver(to: Account, message: Outgoing, timeout: float = WECHAT_TIMEOUT) -> 
             return
 
 
-def verify(to: Account, timeout: float = WECHAT_TIMEOUT) -> str:
+def verify(account: Account, timeout: float = WECHAT_TIMEOUT) -> str:
     """Do what the console does on 提交; return an empty text, or why it would fail, in words."""
     echostr = str(secrets.randbelow(9 * 10**18) + 10**18)
     try:
-        answer = _exchange_ok(signed_url(to, {"echostr": echostr}), None, timeout)
+        answer = _exchange_ok(signed_url(account, {"echostr": echostr}), None, timeout)
     except NoAnswer as error:
         return str(error)
     if answer.body == echostr.encode():

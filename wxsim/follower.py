@@ -14,7 +14,7 @@ from wechat.crypto import DecryptError
 from wechat.message import MAX_ARTICLES, MAX_TEXT, Message
 from wxsim.client import Account
 
-FAULT = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
+APOLOGY = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
 
 
 class Malformed(Exception):
@@ -35,36 +35,36 @@ class Shown:
     note: str = ""
 
 
-def read(to: Account, message: Message, answer: bytes) -> Shown:
+def show(account: Account, message: Message, answer: bytes) -> Shown:
     """Tell what the follower who sent ``message`` sees of ``answer``, the body of a 200."""
     if answer in (b"", b"success"):
         return Shown(None)
     try:
-        xml = _decrypt(to, answer)
+        xml = _decrypt(account, answer)
         reply = _parse(xml)
         _check_common_fields(message, reply)
-        return replace(_show(message, reply), xml=xml)
+        return replace(_show_reply(message, reply), xml=xml)
     except Malformed as error:
-        return Shown(FAULT, answer, problem=str(error))
+        return Shown(APOLOGY, answer, problem=str(error))
 
 
-def _decrypt(to: Account, body: bytes) -> bytes:
+def _decrypt(account: Account, body: bytes) -> bytes:
     """Return the XML of the reply, decrypted if it is encrypted."""
     envelope = _parse(body)
     if "Encrypt" not in envelope:
-        if to.encryption == "safe":
+        if account.encryption == "safe":
             raise Malformed("it is not encrypted, and the console's mode is 安全模式")
         return body
-    if not to.cipher:
+    if not account.cipher:
         raise Malformed("it is encrypted, and the console's mode is 明文模式")
     for name in ("TimeStamp", "Nonce", "Encrypt", "MsgSignature"):
         if not isinstance(envelope.get(name), str):
             raise Malformed(f"the envelope has no {name}, or more than one")
     signed = envelope["TimeStamp"], envelope["Nonce"], envelope["Encrypt"]
-    if not wechat.crypto.verify(envelope["MsgSignature"], to.token, *signed):
+    if not wechat.crypto.verify(envelope["MsgSignature"], account.token, *signed):
         raise Malformed("MsgSignature is wrong")
     try:
-        return to.cipher.decrypt(envelope["Encrypt"])
+        return account.cipher.decrypt(envelope["Encrypt"])
     except DecryptError as error:
         raise Malformed(f"it cannot be decrypted: {error}") from None
 
@@ -101,7 +101,7 @@ def _check_common_fields(message: Message, reply: Message) -> None:
         raise Malformed("CreateTime is not a whole number")
 
 
-def _show(message: Message, reply: Message) -> Shown:
+def _show_reply(message: Message, reply: Message) -> Shown:
     match reply:
         case {"MsgType": "text", "Content": str(text)}:
             size = len(text.encode())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import secrets
 import sys
 import threading
 import time
@@ -60,30 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: argparse.Namespace, to: Account) -> bool:
+def main(arguments: argparse.Namespace, account: Account) -> bool:
     """Send what the command line says and print a report; Ctrl-C ends it early.
 
     Return whether all that was due was sent, and answered as it should be: with its own text in
     the answer if ``arguments.echo`` says so.
     """
-    tally, ended = Tally(), threading.Event()
-    threading.Thread(target=_print_progress, args=(tally, ended), daemon=True).start()
+    tally, is_over = Tally(), threading.Event()
+    threading.Thread(target=_print_progress, args=(tally, is_over), daemon=True).start()
     try:
-        _send_all(arguments, to, tally)
+        _send_all(arguments, account, tally)
         _wait(tally, client.TRIES * client.WECHAT_TIMEOUT + 5)
     except KeyboardInterrupt:
         _wait(tally, WAIT_AFTER_CTRL_C)
-    ended.set()
+    is_over.set()
     with tally.lock:
         print(report(tally, arguments.rate))
         counts = tally.counts
-        good = counts["answered"] + (0 if arguments.echo else counts["silent"])
-        return good == counts["sent"] + counts["not sent"] > 0
+        as_expected = counts["answered"] + (0 if arguments.echo else counts["silent"])
+        return as_expected == counts["sent"] + counts["not sent"] > 0
 
 
-def _send_all(arguments: argparse.Namespace, to: Account, tally: Tally) -> None:
+def _send_all(arguments: argparse.Namespace, account: Account, tally: Tally) -> None:
     """Send every message when it is due, in a thread of its own."""
-    first_id = 24 * 10**15 + secrets.randbelow(10**15)  # no other run has the same MsgIds
     began = time.perf_counter()
     for count in itertools.count():
         if count / arguments.rate >= arguments.seconds:
@@ -92,10 +90,10 @@ def _send_all(arguments: argparse.Namespace, to: Account, tally: Tally) -> None:
         time.sleep(max(0.0, due - time.perf_counter()))
         delay = time.perf_counter() - due
         openid = messages.openid(f"load {count % FOLLOWERS}")
-        settings = [f"MsgId={first_id + count}", f"Content={TEXT}{first_id + count}"]
-        message = messages.make("text", openid, time.time(), settings=settings)
+        message = messages.make("text", openid, time.time())
+        message["Content"] = f"{TEXT}{message['MsgId']}"
         thread = threading.Thread(
-            target=_send, args=(to, message, due, arguments.echo, tally), daemon=True
+            target=_send, args=(account, message, due, arguments.echo, tally), daemon=True
         )
         with tally.lock:
             reason = ""
@@ -120,13 +118,13 @@ def _wait(tally: Tally, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _send(to: Account, message: Message, due: float, echo: bool, tally: Tally) -> None:
+def _send(account: Account, message: Message, due: float, echo: bool, tally: Tally) -> None:
     """Send one message and enter in the tally what comes of it."""
-    tries = list(client.deliver(to, messages.outgoing(message)))
+    tries = list(client.deliver(account, messages.outgoing(message)))
     seconds = time.perf_counter() - due
     answer, problem = tries[-1].answer, ""
     if answer:
-        shown = follower.read(to, message, answer.body)
+        shown = follower.show(account, message, answer.body)
         problem = shown.problem or (_why_no_echo(message["Content"], shown.text) if echo else "")
         outcome = "wrong" if problem else "answered"
         if shown.text is None:
@@ -155,9 +153,9 @@ def _why_no_echo(content: str, text: str | None) -> str:
     return "the message's text did not come back; --no-echo for a bot that does not echo"
 
 
-def _print_progress(tally: Tally, ended: threading.Event) -> None:
+def _print_progress(tally: Tally, is_over: threading.Event) -> None:
     """Say every now and then on stderr how it goes."""
-    while not ended.wait(PROGRESS_INTERVAL):
+    while not is_over.wait(PROGRESS_INTERVAL):
         with tally.lock:
             counts = ", ".join(f"{count} {name}" for name, count in tally.counts.items())
         print(counts, file=sys.stderr, flush=True)
@@ -183,9 +181,10 @@ def report(tally: Tally, rate: float) -> str:
         if counts[name] or name not in ("under way", "not sent")
     ]
     if latencies := sorted(tally.latencies):
-        shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-        ranks = {name: math.ceil(share * len(latencies)) for name, share in shares.items()}
-        figures = [f"{name} {latencies[rank - 1] * 1000:.1f} ms" for name, rank in ranks.items()]
+        figures = []
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)):
+            rank = math.ceil(share * len(latencies))
+            figures.append(f"{name} {latencies[rank - 1] * 1000:.1f} ms")
         lines.append(f"latency    {', '.join(figures)}")
     lines += [f"{count:7} × {reason}" for reason, count in tally.errors.most_common(MAX_REASONS)]
     if len(tally.errors) > MAX_REASONS:

@@ -153,7 +153,7 @@ def set_fields(message: Message, settings: Iterable[str]) -> None:
 
 def outgoing(message: Message) -> Outgoing:
     """Return ``message`` as WeChat sends it."""
-    return Outgoing(as_wechat_writes(message), message, message["FromUserName"])
+    return Outgoing(to_unescaped_xml(message), message, message["FromUserName"])
 
 
 def outgoing_raw(body: bytes, follower: str) -> Outgoing:
@@ -165,7 +165,7 @@ def outgoing_raw(body: bytes, follower: str) -> Outgoing:
     return Outgoing(body, fields, follower, raw=True)
 
 
-def as_wechat_writes(message: Message) -> bytes:
+def to_unescaped_xml(message: Message) -> bytes:
     """Write ``<xml>…</xml>`` as WeChat does, which escapes nothing that a follower typed.
 
     ``]]>`` ends the CDATA section early and control characters stand as they are, so the XML may be
