@@ -241,7 +241,7 @@ def test_more_under_way_than_open_files_allow_is_told(run: Run, tmp_path: Path) 
     assert process.returncode == 1
     assert found["unanswered"] > 0
     assert found["answered"] > 0
-    assert found["the connection broke off: Too many open files"] >= 3 * found["unanswered"]
+    assert found["the connection failed: Too many open files"] >= 3 * found["unanswered"]
 
 
 def test_a_machine_too_slow_for_the_rate_says_so(run: Run, tmp_path: Path) -> None:

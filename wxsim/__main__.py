@@ -7,9 +7,9 @@
     python -m wxsim chat            a conversation in the terminal
     python -m wxsim load            a steady stream of messages, checked and timed
     python -m wxsim api             a fake api.weixin.qq.com
-    python -m wxsim check           what a real account needs, looked at point by point
+    python -m wxsim check           what a real account needs, checked point by point
 
-The local server and its config.ini are what all of it talks to by default.
+By default all of them use the local server and its config.ini.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Known EVENTs are {", ".join(EVENTS)}"""
 
 
 def send(account: Account, message: Outgoing, wire: bool = False) -> bool:
-    """Send a message as WeChat does and print what the follower sees, and the ``wire`` if wanted.
+    """Send a message as WeChat does and print what the follower sees.
 
-    Return whether the follower sees something else than WeChat's own apology.
+    ``wire``: print the requests and the answer too. Return whether WeChat could use the answer.
     """
     for number, attempt in enumerate(client.deliver(account, message), 1):
         if wire:
@@ -82,14 +82,14 @@ def _note(text: str) -> None:
 
 def verify(account: Account) -> bool:
     """Do what the console does on 提交, and print what it would say."""
-    problem = client.verify(account)
-    if not problem:
-        print("提交成功: the server answered with echostr")
-    elif problem.startswith("no answer within"):
-        print(f"请求URL超时: {problem}")
-    else:
-        print(f"Token验证失败: {problem}")
-    return not problem
+    try:
+        client.verify(account)
+    except client.NoAnswer as error:
+        words = "请求URL超时" if isinstance(error, client.TooLate) else "Token验证失败"
+        print(f"{words}: {error}")
+        return False
+    print("提交成功: the server answered with echostr")
+    return True
 
 
 def chat(account: Account, name: str, wire: bool) -> None:
@@ -144,7 +144,8 @@ def _message(kind: str, name: str, settings: list[str], event: str = "") -> Outg
 
 
 def _parser() -> argparse.ArgumentParser:
-    # These may stand before the command or after it, so neither place has their defaults.
+    # These may stand before the command and after it, so a default in one place would hide a
+    # value in the other. _run() sets the defaults.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--url", help="the callback; default: the local server's")
     common.add_argument("--token", help="its Token; default: that of config.ini or state_dir")

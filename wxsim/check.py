@@ -60,7 +60,7 @@ def main(url: str) -> bool:
         missing = [need for need in needs if need in failed]
         try:
             ok, finding = (False, f"needs {missing[0]}") if missing else (True, check())
-        except (Fault, ConfigError, ApiError) as error:
+        except (Fault, ConfigError, ApiError, NoAnswer) as error:
             ok, finding = False, str(error)
         except OSError as error:
             ok, finding = False, f"{error}; run it as the server's user"
@@ -178,8 +178,7 @@ def _callback(config: Config, url: str) -> str:
     # Only the server makes one: it logs the Token, and the file must belong to its user.
     if not config.token and not config.redis and not (file.exists() and file.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
-    if why := client.verify(Account(url, wechat.config.callback_token(config))):
-        raise Fault(why)
+    client.verify(Account(url, wechat.config.callback_token(config)))
     parts = urlsplit(url)
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return "echostr came back on this machine; WeChat needs a public address"

@@ -27,7 +27,7 @@ from wxsim import messages
 from wxsim.messages import Outgoing
 
 WECHAT_TIMEOUT = 5.0  # seconds until WeChat hangs up
-TRIES = 3  # requests for one message, all in all
+TRIES = 3  # of a message, in all
 LARGEST_ANSWER = 4 * 1048576  # bytes
 
 
@@ -52,7 +52,11 @@ class Answer:
 
 
 class NoAnswer(Exception):
-    """No HTTP answer came in time, or none that WeChat accepts. The text says why, in words."""
+    """No HTTP answer came, or none that WeChat accepts. The text says why, in words."""
+
+
+class TooLate(NoAnswer):
+    """No HTTP answer came in time."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,16 @@ def deliver(account: Account, message: Outgoing, timeout: float = WECHAT_TIMEOUT
             return
 
 
-def verify(account: Account, timeout: float = WECHAT_TIMEOUT) -> str:
-    """Do what the console does on 提交; return an empty text, or why it would fail, in words."""
+def verify(account: Account, timeout: float = WECHAT_TIMEOUT) -> None:
+    """Do what the console does on 提交.
+
+    Raises:
+        NoAnswer: the console would not accept the callback.
+    """
     echostr = str(secrets.randbelow(9 * 10**18) + 10**18)
-    try:
-        answer = _exchange_ok(signed_url(account, {"echostr": echostr}), None, timeout)
-    except NoAnswer as error:
-        return str(error)
-    if answer.body == echostr.encode():
-        return ""
-    return f"in place of echostr, {echostr}, came {_excerpt(answer.body)}"
+    answer = _exchange_ok(signed_url(account, {"echostr": echostr}), None, timeout)
+    if answer.body != echostr.encode():
+        raise NoAnswer(f"in place of echostr, {echostr}, came {_excerpt(answer.body)}")
 
 
 def _exchange_ok(url: str, body: bytes | None, timeout: float) -> Answer:
@@ -158,8 +162,8 @@ def _exchange_ok(url: str, body: bytes | None, timeout: float) -> Answer:
 def exchange(url: str, body: bytes | None = None, timeout: float = WECHAT_TIMEOUT) -> Answer:
     """GET ``url``, or POST ``body`` to it, and hang up after ``timeout`` seconds.
 
-    Another thread does it, so that the time is up wherever it waits: for DNS, for a connection, for
-    TLS, or for the next byte of a server that sends one now and then.
+    Another thread does it, so that the timeout holds for the whole exchange: for DNS, connecting
+    and TLS, and for an answer that comes byte by byte.
 
     Raises:
         NoAnswer: nobody listens, nothing comes in time, or what comes is not HTTP.
@@ -174,7 +178,7 @@ def exchange(url: str, body: bytes | None = None, timeout: float = WECHAT_TIMEOU
                 connection.connect()
                 opened.append(connection.sock)
                 if time.monotonic() - began < timeout:
-                    future.set_result(_exchange(connection, url, body, began))
+                    future.set_result(_send(connection, url, body, began))
         except Exception as error:  # noqa: BLE001  raised again by result()
             future.set_exception(error)
 
@@ -182,19 +186,17 @@ def exchange(url: str, body: bytes | None = None, timeout: float = WECHAT_TIMEOU
         threading.Thread(target=run, daemon=True).start()
         return future.result(timeout)
     except (TimeoutError, futures.TimeoutError):
-        raise NoAnswer(f"no answer within {timeout:g} s") from None
-    except (socket.gaierror, UnicodeError, http.client.InvalidURL):
+        raise TooLate(f"no answer within {timeout:g} s") from None
+    except (socket.gaierror, UnicodeError):
         raise NoAnswer(f"the name {parts.hostname} does not resolve") from None
-    except ssl.SSLError as error:
-        raise NoAnswer(f"TLS failed: {error}") from None
     except ConnectionRefusedError:
         raise NoAnswer("the connection was refused; is the server running?") from None
-    except OSError as error:
-        raise NoAnswer(f"the connection broke off: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: there are too many threads
+        raise NoAnswer(
+            f"the connection failed: {getattr(error, 'strerror', '') or error}"
+        ) from None
     except (http.client.HTTPException, ValueError) as error:
         raise NoAnswer(f"the answer is not HTTP, or not whole: {error!r:.80}") from None
-    except RuntimeError:
-        raise NoAnswer("this machine can start no more threads") from None
     finally:
         for connection in opened:
             with contextlib.suppress(OSError):  # closed already
@@ -212,7 +214,7 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _exchange(
+def _send(
     connection: http.client.HTTPConnection, url: str, body: bytes | None, began: float
 ) -> Answer:
     parts = urlsplit(url)

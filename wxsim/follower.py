@@ -1,4 +1,4 @@
-"""What the follower would see of an answer, or why WeChat cannot use it.
+"""What the follower sees of an answer, or why WeChat cannot use it.
 
 Sources of the rules: the platform's 被动回复用户消息 and 消息加解密说明.
 """
@@ -73,7 +73,7 @@ def _parse(body: bytes) -> Message:
     if body.startswith(b"\xef\xbb\xbf"):
         raise Malformed("a byte order mark stands before the XML")
     try:
-        # Not wechat.message.from_xml, which puts up with what a follower typed. WeChat does not.
+        # wechat.message.from_xml reads malformed XML too, since WeChat sends it. WeChat does not.
         root = ElementTree.fromstring(body, ElementTree.XMLParser(encoding="utf-8"))
         fields = _fields(root)
     except (ElementTree.ParseError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""A steady stream of messages from many followers: is every answer its message's, and how soon?
+"""A steady stream of messages from many followers: does each get its own answer, and how soon?
 
     python -m wxsim load --rate 200 --seconds 30
 
-A message leaves when it is due, whatever became of those before it, and its time counts from
-there: a server that stalls cannot hide it by being sent fewer messages.
+Every message is sent when it is due, even while earlier ones wait for an answer, and its latency
+counts from its due time. So a server that stalls looks no better for having received less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wxsim.client import Account
 from wxsim.fake_api import number
 
 FOLLOWERS = 1000
-MAX_DELAY = 1.0  # seconds after its due time at which a message is not sent any more
+MAX_DELAY = 1.0  # seconds; a message that is later than that is not sent
 MAX_REASONS = 10  # lines of errors in the report
 WAIT_AFTER_CTRL_C = 1.0  # seconds for the messages that are under way
 PROGRESS_INTERVAL = 5.0  # seconds
@@ -32,7 +32,7 @@ TEXT = "load message "
 
 @dataclass
 class Tally:
-    """What became of the messages that were due; under ``lock``, for every message has a thread.
+    """What became of the messages; take ``lock`` to change it, since every message has a thread.
 
     A message counts as "sent" or "not sent". A sent one is "under way", and then "answered",
     "silent", "wrong" or "unanswered".
@@ -40,7 +40,7 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     tries: Counter[int] = field(default_factory=Counter)  # that the answered ones needed
-    max_delay: float = 0.0  # seconds from its due time until a message was sent
+    max_delay: float = 0.0  # seconds from the due time of a message until it was sent
     latencies: list[float] = field(default_factory=list)  # seconds from the due time, of good ones
     errors: Counter[str] = field(default_factory=Counter)  # by their reason
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, account: Account) -> bool:
     """Send what the command line says and print a report; Ctrl-C ends it early.
 
-    Return whether all that was due was sent, and answered as it should be: with its own text in
-    the answer if ``arguments.echo`` says so.
+    Return whether every message was sent and well answered: with its own text in the answer, if
+    ``arguments.echo`` asks for that.
     """
     tally, is_over = Tally(), threading.Event()
     threading.Thread(target=_print_progress, args=(tally, is_over), daemon=True).start()
@@ -154,7 +154,7 @@ def _why_no_echo(content: str, text: str | None) -> str:
 
 
 def _print_progress(tally: Tally, is_over: threading.Event) -> None:
-    """Say every now and then on stderr how it goes."""
+    """Print the counts on stderr every ``PROGRESS_INTERVAL``."""
     while not is_over.wait(PROGRESS_INTERVAL):
         with tally.lock:
             counts = ", ".join(f"{count} {name}" for name, count in tally.counts.items())
@@ -162,7 +162,7 @@ def _print_progress(tally: Tally, is_over: threading.Event) -> None:
 
 
 def report(tally: Tally, rate: float) -> str:
-    """Return the lines that tell what became of messages that were due ``rate`` a second."""
+    """Return the report on messages that were due at ``rate`` a second."""
     counts, tries = tally.counts, tally.tries
     due = counts["sent"] + counts["not sent"]
     sent = f"{rate * counts['sent'] / max(due, 1):.1f} a second for {due / rate:.1f} s"
