@@ -142,10 +142,10 @@ def test_a_field_can_be_set_added_or_set_inside_another() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "a b=x", "<A>=x", "Content.A=x"]
+    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "a b=x", "<A>=x"]
 )
 def test_what_is_no_setting_is_refused(setting: str) -> None:
-    with pytest.raises(ValueError, match=r"is not NAME=VALUE|has no elements inside"):
+    with pytest.raises(ValueError, match="is not NAME=VALUE"):
         messages.set_fields(made("text"), [setting])
 
 

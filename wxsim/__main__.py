@@ -163,7 +163,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     names = (*MESSAGES, "event", "verify", "chat", "load", "api", "check")
     parsers = {name: commands.add_parser(name, parents=[common]) for name in names}
-    setting = "a field, such as MediaId=abc or ScanCodeInfo.ScanResult=1; may be repeated"
     for kind in (*MESSAGES, "event"):
         parsers[kind].add_argument(
             "--set",
@@ -171,13 +170,20 @@ def _parser() -> argparse.ArgumentParser:
             dest="settings",
             default=[],
             metavar="NAME=VALUE",
-            help=setting,
+            help="a field, such as MediaId=abc or ScanCodeInfo.ScanResult=1; may be repeated",
         )
     parsers["text"].add_argument("content", nargs="*", help="default: hello")
-    event = f"one with fields of its own: {', '.join(EVENTS)}; or any other"
-    parsers["event"].add_argument("event", metavar="EVENT", help=event)
-    key = "its EventKey; qrscene_42 makes subscribe a scan"
-    parsers["event"].add_argument("--key", help=key)
+    parsers["event"].add_argument(
+        "event", metavar="EVENT", help=f"any; these have made-up fields: {', '.join(EVENTS)}"
+    )
+    parsers["event"].add_argument(
+        "--key",
+        action="append",
+        dest="settings",
+        type="EventKey={}".format,
+        metavar="KEY",
+        help="its EventKey, as --set EventKey=KEY; qrscene_42 makes subscribe a scan",
+    )
     load.add_arguments(parsers["load"])
     fake_api.add_arguments(parsers["api"])
     return parser
@@ -208,8 +214,8 @@ def _run() -> bool:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be typed
     parser = _parser()
-    defaults = argparse.Namespace(url="", token="", name="me", xml=False)
-    arguments = parser.parse_args(namespace=defaults)
+    defaults = {"url": "", "token": "", "name": "me", "xml": False, "content": [], "event": ""}
+    arguments = parser.parse_args(namespace=argparse.Namespace(**defaults))
     if bool(arguments.command) == bool(arguments.raw):
         parser.error("a COMMAND or --raw FILE is needed; try: verify, or text hello")
     if arguments.command == "check":
@@ -232,29 +238,16 @@ def _run() -> bool:
             chat(account, arguments.name, arguments.xml)
             return True
     try:
-        message = _argued_message(arguments)
+        if arguments.raw:
+            openid = messages.openid(arguments.name)
+            message = messages.outgoing_raw(arguments.raw.read_bytes(), openid)
+        else:
+            typed = [f"Content={' '.join(arguments.content)}"] if arguments.content else []
+            settings = [*typed, *arguments.settings]
+            message = _message(arguments.command, arguments.name, settings, arguments.event)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return send(account, message, arguments.xml)
-
-
-def _argued_message(arguments: argparse.Namespace) -> Outgoing:
-    """Make the message that the command line stands for.
-
-    Raises:
-        OSError: the file of --raw cannot be read.
-        ValueError: a --set is wrong.
-    """
-    if arguments.raw:
-        return messages.outgoing_raw(arguments.raw.read_bytes(), messages.openid(arguments.name))
-    settings, event = arguments.settings, ""
-    if arguments.command == "text" and arguments.content:
-        settings = [f"Content={' '.join(arguments.content)}", *settings]
-    if arguments.command == "event":
-        event = arguments.event
-        if arguments.key is not None:
-            settings = [f"EventKey={arguments.key}", *settings]
-    return _message(arguments.command, arguments.name, settings, event)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,7 @@ def set_fields(message: Message, settings: Iterable[str]) -> None:
     """Set each ``Name=value`` or ``Name.Inner=value`` of ``settings`` in ``message``.
 
     Raises:
-        ValueError: a setting without ``=``, a name that no XML element can have, or an ``Inner``
-            of a field that is a text.
+        ValueError: a setting without ``=``, or a name that no XML element can have.
     """
     for setting in settings:
         match = _SETTING.fullmatch(setting)
@@ -145,9 +144,9 @@ def set_fields(message: Message, settings: Iterable[str]) -> None:
         *outer, name = match[1].split(".")
         inside = message
         for part in outer:
-            inside = inside.setdefault(part, {})
-            if not isinstance(inside, dict):
-                raise ValueError(f"{setting!r}: {part} has no elements inside")
+            if not isinstance(inside.get(part), dict):
+                inside[part] = {}
+            inside = inside[part]
         inside[name] = match[2]
 
 
