@@ -16,6 +16,11 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
+try:
+    import fcntl  # noqa: F401  of many modules: told here in one line, before one of them fails
+except ModuleNotFoundError:
+    sys.exit("wxserver: needs Linux or macOS; on Windows use WSL")
+
 import reply
 import wechat.message
 from wechat import crypto

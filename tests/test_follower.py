@@ -16,7 +16,7 @@ from wechat.crypto import MessageCipher
 from wechat.message import MAX_TEXT, from_xml, to_xml
 from wxsim import follower
 from wxsim.client import Account
-from wxsim.follower import FAULT, Shown
+from wxsim.follower import APOLOGY, Shown
 
 MESSAGE = from_xml(message_xml())
 REPLY = {
@@ -43,7 +43,7 @@ def envelope(xml: bytes, token: str = TOKEN) -> bytes:
 
 
 def read(body: bytes, mode: str = "plain") -> Shown:
-    return follower.read(ACCOUNTS[mode], MESSAGE, body)
+    return follower.show(ACCOUNTS[mode], MESSAGE, body)
 
 
 @pytest.mark.parametrize("body", [b"", b"success"])
@@ -126,7 +126,7 @@ def test_no_answer_crashes_the_reader_or_passes_for_a_reply_that_it_is_not(
 ) -> None:
     shown = read(envelope(body) if sealed else body, mode)
     if shown.problem:
-        assert shown.text == FAULT
+        assert shown.text == APOLOGY
     elif shown.text is None:
         assert body in (b"", b"success")
         assert not sealed
@@ -154,4 +154,4 @@ def test_no_mangled_envelope_passes_for_another_reply(piece: bytes, start: int, 
     ids=["control", "cdata", "utf-8", "nul", "deep"],
 )
 def test_an_answer_that_is_not_well_formed_cannot_be_used_by_wechat(body: bytes) -> None:
-    assert read(body).problem.startswith("bad XML: ")
+    assert read(body).problem.startswith("it is not XML: ")

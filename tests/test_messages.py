@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import APPID, KEY, TOKEN
+from conftest import APPID, KEY, TOKEN, message_xml
 from hypothesis import given
 from hypothesis import strategies as st
 from webtest import TestApp
@@ -60,7 +60,7 @@ def made(kind: str, now: float = NOW, key: str | None = None) -> Message:
     """Make a message or an event of the tables."""
     if kind in messages.MESSAGES:
         return messages.make(kind, ME, now)
-    return messages.make_event(kind, ME, now, key)
+    return messages.make("event", ME, now, kind, [] if key is None else [f"EventKey={key}"])
 
 
 def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
@@ -70,7 +70,7 @@ def received(message: Message, encryption: str = "plain") -> dict[str, Any]:
     )
     got: list[dict[str, Any]] = []
     app = TestApp(create_application(config, got.append))
-    account = client.account(config, "http://localhost/wx")
+    account = client.from_config(config, "http://localhost/wx")
     url, body = client.request(account, messages.outgoing(message))
     assert app.post(url, body).body == b"success"
     (only,) = got
@@ -97,13 +97,13 @@ def test_there_is_no_kind_beside_those_of_the_tables() -> None:
 
 
 def test_an_event_beside_those_of_the_tables_has_the_common_fields_alone() -> None:
-    message = received(messages.make_event("user_authorization_revoke", ME, NOW))
+    message = received(messages.make("event", ME, NOW, "user_authorization_revoke"))
     assert set(message) == {"ToUserName", "FromUserName", "CreateTime", "MsgType", "Event"}
     assert (message["MsgType"], message["Event"]) == ("event", "user_authorization_revoke")
 
 
 def test_an_event_may_be_called_as_a_msgtype_is() -> None:
-    assert messages.make_event("text", ME, NOW)["MsgType"] == "event"
+    assert messages.make("event", ME, NOW, "text")["MsgType"] == "event"
 
 
 @pytest.mark.parametrize("encryption", ["plain", "compatible", "safe"])
@@ -138,14 +138,14 @@ def test_a_field_can_be_set_added_or_set_inside_another() -> None:
     assert message["ScanCodeInfo"] == {"ScanType": "qrcode", "ScanResult": ""}
     assert message["A"] == {"B": {"C": "d\n"}}
     unchanged = made("scancode_waitmsg")
-    assert (unchanged["EventKey"], unchanged["ScanCodeInfo"]["ScanResult"]) == ("menu1", "1")
+    assert unchanged["ScanCodeInfo"]["ScanResult"]
 
 
 @pytest.mark.parametrize(
-    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "a b=x", "<A>=x", "Content.A=x"]
+    "setting", ["", "=", "Content", "=x", ".=x", "A.=x", ".A=x", "a b=x", "<A>=x"]
 )
 def test_what_is_no_setting_is_refused(setting: str) -> None:
-    with pytest.raises(ValueError, match=r"is not NAME=VALUE|has no elements inside"):
+    with pytest.raises(ValueError, match="is not NAME=VALUE"):
         messages.set_fields(made("text"), [setting])
 
 
@@ -172,32 +172,22 @@ def test_what_is_typed_goes_out_as_it_is(typed: str) -> None:
 def test_any_text_goes_out_as_it_is_in_a_nested_field_too(typed: str) -> None:
     message = made("location_select")
     messages.set_fields(message, [f"SendLocationInfo.Label={typed}"])
-    xml = messages.as_wechat_writes(message)
+    xml = messages.to_unescaped_xml(message)
     assert f"<Label><![CDATA[{typed}]]></Label>".encode() in xml
 
 
 def test_what_needs_no_escape_is_read_as_it_was() -> None:
     for kind in PAGES:
         message = made(kind)
-        read = from_xml(messages.as_wechat_writes(message))
+        read = from_xml(messages.to_unescaped_xml(message))
         assert read == {k: str(v) if isinstance(v, int) else v for k, v in message.items()}
 
 
-@pytest.mark.parametrize(
-    ("body", "fields"),
-    [
-        (b"", {}),
-        (b"\xff\0 no XML", {}),
-        (
-            b"<xml><ToUserName><![CDATA[gh_1]]></ToUserName><FromUserName>o1</FromUserName>"
-            b"<MsgType><![CDATA[text]]></MsgType><Content><![CDATA[\xff ]]>]]></Content></xml>",
-            {"ToUserName": "gh_1", "FromUserName": "o1", "MsgType": "text"},
-        ),
-        (b"<MsgType>event</MsgType><MsgType>text</MsgType>", {"MsgType": "event"}),
-        (b"<xml><Encrypt><![CDATA[ab+/=]]></Encrypt></xml>", {"Encrypt": "ab+/="}),
-    ],
-)
-def test_the_fields_of_a_raw_body_are_found_even_if_it_is_not_well_formed(
-    body: bytes, fields: Message
-) -> None:
-    assert messages.outgoing_raw(body, ME) == messages.Outgoing(body, fields, ME, raw=True)
+@pytest.mark.parametrize("body", [b"", b"\xff\0 no XML", b"<MsgType>text</MsgType>"])
+def test_a_raw_body_that_nobody_can_read_is_a_message_too(body: bytes) -> None:
+    assert messages.outgoing_raw(body, ME) == messages.Outgoing(body, {}, ME, raw=True)
+
+
+def test_the_fields_of_a_raw_body_are_read_as_the_server_reads_them() -> None:
+    body = message_xml("\0]]>")
+    assert messages.outgoing_raw(body, ME) == messages.Outgoing(body, from_xml(body), ME, raw=True)

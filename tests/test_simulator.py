@@ -28,7 +28,7 @@ import wxsim.__main__
 from wechat.crypto import MessageCipher
 from wechat.message import from_xml, to_xml
 from wxsim import messages
-from wxsim.follower import FAULT
+from wxsim.follower import APOLOGY
 
 WXSIM = ("-m", "wxsim")
 ENCRYPTED = f"[wechat]\nappid = {APPID}\nencoding_aes_key = {KEY}\n"
@@ -38,7 +38,7 @@ import runpy, signal, sys
 for name in ("fcntl", "pwd", "resource", "readline"):
     sys.modules[name] = None
 del signal.SIGTTIN
-runpy.run_module("wxsim", run_name="__main__", alter_sys=True)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 GAVE_UP = "; WeChat gives up)\n"
 
@@ -249,35 +249,28 @@ def echostr(asked: Asked) -> bytes:
 
 
 HTML = b"<!DOCTYPE html><html><title>It works!</title></html>"
-HOUR_AHEAD = {"Date": "Fri, 01 Jan 2100 00:00:00 GMT"}
+BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda a: b'"%s"' % echostr(a), r"something stands around echostr: b'\"\d{19}\"' in"),
-        (lambda a: echostr(a) + b"\n", r"something stands around echostr: b'\d{19}\\n' in place"),
-        (
-            lambda a: b"\xef\xbb\xbf" + echostr(a),
-            r"something stands around echostr: b'\\xef\\xbb\\xbf\d{19}' in",
-        ),
-        (lambda _: b"", "something else came in place of echostr: an empty body"),
-        (lambda _: b"success", "something else came in place of echostr: 'success'"),
-        (lambda _: HTML, "an HTML page came in place of echostr: '<!DOCTYPE html>"),
+        (lambda a: b'"%s"' % echostr(a), """in place of echostr, \\d{19}, came '"\\d{19}"'$"""),
+        (lambda a: echostr(a) + b"\n", r"in place of echostr, \d{19}, came '\d{19}\\n'$"),
+        (lambda a: BOM + echostr(a), r"in place of echostr, \d{19}, came '\\ufeff\d{19}'$"),
+        (lambda _: b"", r"in place of echostr, \d{19}, came an empty body"),
+        (lambda _: b"success", r"in place of echostr, \d{19}, came 'success'"),
+        (lambda _: HTML, r"in place of echostr, \d{19}, came '<!DOCTYPE html>"),
         (
             lambda a: a.say(b"", 302, Location="/login"),
             "302: an empty body; it redirects to /login",
         ),
         (lambda a: a.say(HTML, 404), "HTTP status 404: .*; the URL's path is not the callback's"),
         (lambda a: a.say(b"no", 403), "HTTP status 403: 'no'; the Token is not the server's"),
-        (
-            lambda a: a.say(b"no", 403, **HOUR_AHEAD),
-            r"403: 'no'; the server's clock is \+\d+ s off",
-        ),
         (lambda a: a.say(b"", 500), "HTTP status 500: an empty body; the server's log says why"),
         (lambda a: a.say(echostr(a), 201), "HTTP status 201: "),
         (lambda a: a.wfile.write(b"hello\r\n\r\n") and None, "the answer is not HTTP"),
-        (lambda _: None, "the connection broke off"),
+        (lambda _: None, "the connection failed"),
     ],
     ids=[
         "quotes",
@@ -289,7 +282,6 @@ HOUR_AHEAD = {"Date": "Fri, 01 Jan 2100 00:00:00 GMT"}
         "redirect",
         "404",
         "403",
-        "clock",
         "500",
         "201",
         "no-http",
@@ -311,7 +303,7 @@ def test_nobody_there_is_told_in_words(process: Wxsim) -> None:
     words = "the connection was refused; is the server running?"
     assert (done.out, done.status) == (f"Token验证失败: {words}\n", 1)
     done = process("text", "--url", url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     assert done.errors == (
         f"(try 1 of 3: {words}; sent again)\n"
         f"(try 2 of 3: {words}; sent again)\n"
@@ -370,8 +362,11 @@ def test_after_five_seconds_wechat_hangs_up_and_sends_the_same_message_again(
         (lambda a: a.say(b"", 403), "the Token is not the server's, most likely"),
         (lambda a: a.say(a.reply(), 404), "HTTP status 404: '<xml><ToUserName>"),
         (lambda a: a.wfile.write(b"hello") and None, "the answer is not HTTP"),
-        (lambda a: a.say(a.reply()[:50], 200, **{"Content-Length": "99"}), "broke off after 50"),
-        (lambda _: None, "the connection broke off"),
+        (
+            lambda a: a.say(a.reply()[:50], 200, **{"Content-Length": "99"}),
+            "or not whole: IncompleteRead(50 bytes",
+        ),
+        (lambda _: None, "the connection failed"),
     ],
     ids=["500", "redirect", "403", "404", "no-http", "cut", "gone"],
 )
@@ -380,7 +375,7 @@ def test_a_failed_try_is_repeated_twice_with_the_same_message_and_then_given_up(
 ) -> None:
     broken = bot(answer)
     done = sim("text", "hello", "--url", broken.url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
     tries = done.errors.splitlines()
     assert [line[:12] for line in tries] == [f"(try {n} of 3:" for n in (1, 2, 3)]
     assert all(why in line for line in tries)
@@ -445,32 +440,50 @@ def test_no_reply_is_told_apart_from_an_empty_one(
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (lambda _: b'{"MsgType": "text"}', "it is JSON; WeChat wants XML"),
-        (lambda _: HTML, "it is an HTML page; WeChat wants XML"),
-        (lambda _: b"hello", "it is neither XML nor success"),
-        (lambda _: b"success\n", "it is neither XML nor success"),
-        (lambda a: b"\xef\xbb\xbf" + a.reply(), "a byte order mark stands before the XML"),
-        (lambda a: a.reply()[:-5], "bad XML: unclosed token"),
-        (lambda a: a.reply(Content="好").decode().encode("gbk"), "bad XML: not well-formed"),
-        (lambda a: a.reply().replace(b"xml>", b"XML>"), "bad XML: the root element is not xml"),
+        (lambda _: b'{"MsgType": "text"}', """it is not XML: .*: '{"MsgType": "text"}'"""),
+        (lambda _: HTML, "the root element is html, not xml"),
+        (lambda _: b"hello", "it is not XML: .*: 'hello'"),
+        (lambda _: b"success\n", r"it is not XML: .*: 'success\\n'"),
+        (lambda a: BOM + a.reply(), "a byte order mark stands before the XML"),
+        (lambda a: a.reply()[:-5], "it is not XML: unclosed token"),
+        (lambda a: a.reply(Content="好").decode().encode("gbk"), "it is not XML: not well-formed"),
+        (lambda a: a.reply().replace(b"xml>", b"XML>"), "the root element is XML, not xml"),
         (lambda a: a.reply(Content="x" * 2049), "the text has 2049 bytes; 2048 are allowed"),
         (lambda a: a.reply(Content="好" * 683), "the text has 2049 bytes; 2048 are allowed"),
         (
             lambda a: a.reply(**{n: from_xml(a.body)[n] for n in ("ToUserName", "FromUserName")}),
-            "ToUserName is not the message's FromUserName; the two names must be swapped",
+            "ToUserName is not the message's FromUserName; a reply swaps the two names",
         ),
         (lambda a: a.reply(FromUserName="x"), "FromUserName is not the message's ToUserName"),
         (lambda a: a.reply("CreateTime"), "CreateTime is not a whole number"),
         (lambda a: a.reply(CreateTime="1714112445.5"), "CreateTime is not a whole number"),
-        (lambda a: a.reply("MsgType"), "there is no MsgType"),
-        (lambda a: a.reply(MsgType="txt"), "there is no reply of MsgType 'txt'"),
-        (lambda a: a.reply("Content"), "the text reply lacks what belongs in it"),
-        (lambda a: a.reply(MsgType="image", MediaId="m"), "the image reply lacks"),
-        (lambda a: a.reply(MsgType="image", Image={"MediaId": ""}), "the image reply lacks"),
-        (lambda a: a.reply(MsgType="voice", Voice={"MediaId": ""}), "the voice reply lacks"),
-        (lambda a: a.reply(MsgType="video", Video={"MediaId": ""}), "the video reply lacks"),
-        (lambda a: a.reply(MsgType="music", Music={"Title": "T"}), "the music reply lacks"),
-        (lambda a: articles(a, 0), "the news reply lacks"),
+        (lambda a: a.reply("MsgType"), "the MsgType None is unknown"),
+        (lambda a: a.reply(MsgType="txt"), "the MsgType 'txt' is unknown"),
+        (
+            lambda a: a.reply("Content"),
+            "the MsgType 'text' is unknown, or lacks what belongs in it",
+        ),
+        (
+            lambda a: a.reply(MsgType="image", MediaId="m"),
+            "the MsgType 'image' is unknown, or lacks what belongs in it",
+        ),
+        (
+            lambda a: a.reply(MsgType="image", Image={"MediaId": ""}),
+            "the MsgType 'image' is unknown, or lacks what belongs in it",
+        ),
+        (
+            lambda a: a.reply(MsgType="voice", Voice={"MediaId": ""}),
+            "the MsgType 'voice' is unknown, or lacks what belongs in it",
+        ),
+        (
+            lambda a: a.reply(MsgType="video", Video={"MediaId": ""}),
+            "the MsgType 'video' is unknown, or lacks what belongs in it",
+        ),
+        (
+            lambda a: a.reply(MsgType="music", Music={"Title": "T"}),
+            "the MsgType 'music' is unknown, or lacks what belongs in it",
+        ),
+        (lambda a: articles(a, 0), "the MsgType 'news' is unknown, or lacks what belongs in it"),
         (lambda a: articles(a, 2, ArticleCount=1), "ArticleCount is 1, and there are 2 articles"),
         (lambda a: articles(a, 1, Articles={"item": "T"}), "an article has no Title"),
     ],
@@ -480,8 +493,8 @@ def test_a_malformed_answer_is_the_fault_message_and_says_what_is_wrong(
 ) -> None:
     broken = bot(answer)
     done = sim("text", "--url", broken.url)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
-    assert done.errors.startswith(f"(WeChat cannot use the answer: {why}")
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
+    assert re.match(rf"\(WeChat cannot use the answer: {why}", done.errors)
     assert len(broken.asked) == 1
 
 
@@ -515,17 +528,17 @@ def answer_to_encrypted(make: Callable[[bytes], bytes]) -> Answer:
             lambda xml: sealed(xml).replace(b"</xml>", b"<Nonce/></xml>"),
             "the envelope has no Nonce, or more than one",
         ),
-        (lambda _: sealed(b'{"MsgType": "text"}'), "it is JSON"),
-        (lambda _: b"{}", "it is JSON"),
-        (lambda xml: sealed(xml)[:-3], "bad XML"),
+        (lambda _: sealed(b'{"MsgType": "text"}'), "it is not XML"),
+        (lambda _: b"{}", "it is not XML"),
+        (lambda xml: sealed(xml)[:-3], "it is not XML"),
     ],
 )
 def test_in_safe_mode_a_malformed_answer_says_what_is_wrong(
     bot: Callable[[Answer], Bot], sim: Wxsim, make: Callable[[bytes], bytes], why: str
 ) -> None:
     done = sim("text", "--url", bot(answer_to_encrypted(make)).url, config=ENCRYPTED)
-    assert (done.out, done.status) == (FAULT + "\n", 1)
-    assert done.errors.startswith(f"(WeChat cannot use the answer: {why}")
+    assert (done.out, done.status) == (APOLOGY + "\n", 1)
+    assert re.match(rf"\(WeChat cannot use the answer: {why}", done.errors)
 
 
 def test_in_compatible_mode_both_answers_will_do(bot: Callable[[Answer], Bot], sim: Wxsim) -> None:
@@ -558,6 +571,10 @@ def test_in_compatible_mode_both_answers_will_do(bot: Callable[[Answer], Bot], s
         (
             ("event", "ANYTHING", "--set", "A=B", "--set", "C.D=E"),
             {"MsgType": "event", "Event": "ANYTHING", "A": "B", "C": {"D": "E"}},
+        ),
+        (
+            ("event", "text", "--set", "A=B"),
+            {"MsgType": "event", "Event": "text", "A": "B"},
         ),
         (
             ("event", "scancode_push", "--set", "ScanCodeInfo.ScanResult=x"),
@@ -603,9 +620,9 @@ def test_what_answers_a_raw_body_without_names_is_shown_too(
     [
         ((), "a COMMAND or --raw FILE is needed; try: verify, or text hello"),
         (("tex",), "invalid choice: 'tex'"),
-        (("text", "--set", "Content"), "--set 'Content' is not NAME=VALUE"),
-        (("text", "--set", "a b=c"), "--set 'a b=c' is not NAME=VALUE"),
-        (("--raw", "/nowhere"), "--raw /nowhere: No such file or directory"),
+        (("text", "--set", "Content"), "error: 'Content' is not NAME=VALUE"),
+        (("text", "--set", "a b=c"), "error: 'a b=c' is not NAME=VALUE"),
+        (("--raw", "/nowhere"), "No such file or directory: '/nowhere'"),
         (("verify", "--url", "127.0.0.1:8000/wx"), "--url must be http://… or https://…, not '127"),
         (("verify", "--url", "ftp://a/"), "--url must be http://… or https://…"),
         (("verify", "--url", "http://a:99999/"), "--url must be http://… or https://…"),
@@ -641,10 +658,9 @@ def test_a_terminal_without_chinese_is_no_reason_to_crash(
     assert (done.out, done.errors, done.status) == ("\\u4f60\\u597d\n", "", 0)
 
 
-def test_what_is_for_others_than_the_console_is_said_of_its_ports(sim: Wxsim) -> None:
+def test_a_name_that_does_not_resolve_is_told_in_words(sim: Wxsim) -> None:
     done = sim("verify", "--url", "http://nowhere.invalid:8000/wx")
     assert done.out == "Token验证失败: the name nowhere.invalid does not resolve\n"
-    assert done.errors == "(the console takes port 80 or 443 alone)\n"
 
 
 # The chat
@@ -669,7 +685,7 @@ def test_a_chat_outlives_whatever_goes_wrong_in_it(
     ]
     done = process("chat", "--url", bot(answer).url, typed="\n".join(typed))
     lines = done.out.splitlines()
-    assert lines[:2] == [FAULT, FAULT]
+    assert lines[:2] == [APOLOGY, APOLOGY]
     assert lines[2:4] == [
         f"there is no '{line}'; /help says what there is" for line in ("/nonsense", "/event")
     ]
@@ -828,7 +844,7 @@ def test_it_works_where_there_is_no_fcntl_as_on_windows(
     arguments = [command, "--url", bot(answer).url]
     arguments += ["--rate", "20", "--seconds", "0.5"] if command == "load" else []
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini"), "WX_TOKEN": TOKEN}
-    process = run("-c", WITHOUT_UNIX, *arguments, env=env)
+    process = run("-c", WITHOUT_UNIX, "wxsim", *arguments, env=env)
     out, errors = process.communicate("hello\n", timeout=20)
     assert (errors, process.returncode) == ("", 0)
     assert out
@@ -837,7 +853,7 @@ def test_it_works_where_there_is_no_fcntl_as_on_windows(
 def test_the_fake_api_works_there_too(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.ini").touch()
     env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
-    process = run("-c", WITHOUT_UNIX, "api", "--port", "0", env=env)
+    process = run("-c", WITHOUT_UNIX, "wxsim", "api", "--port", "0", env=env)
     process.stdin.write("expire\n")
     process.stdin.flush()
     lines = iter(process.stdout.readline, "")
@@ -846,14 +862,13 @@ def test_the_fake_api_works_there_too(run: Run, tmp_path: Path) -> None:
     assert process.communicate(timeout=10)[1] == ""
 
 
-@pytest.mark.parametrize("arguments", [("text",), ("check",)])
-def test_what_needs_more_than_windows_has_says_so(
-    run: Run, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    "command", ["wxsim text", "wxsim check", "wxserver", "token_store", "wechat.api getcallbackip"]
+)
+def test_what_needs_more_than_windows_has_says_so(run: Run, tmp_path: Path, command: str) -> None:
     (tmp_path / "config.ini").touch()
-    process = run(
-        "-c", WITHOUT_UNIX, *arguments, env={"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
-    )
+    env = {"WXSERVER_CONFIG": str(tmp_path / "config.ini")}
+    process = run("-c", WITHOUT_UNIX, *command.split(), env=env)
     out, errors = process.communicate(timeout=20)
     assert "needs Linux or macOS; on Windows use WSL" in errors
     assert (out, errors.count("\n"), process.returncode) == ("", 1, 1)

@@ -193,7 +193,7 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] = os.environ
     path = Path(path).absolute() if path else config_path(environ)
     table = settings()
     values: dict[str, Any] = {"central": {}}
-    for section, entries in _read_file(path).items():
+    for section, entries in read(path).items():
         if section not in table:
             raise ConfigError(f"{path}: unknown section [{section}]; there are {', '.join(table)}")
         for key, text in entries.items():
@@ -226,7 +226,12 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("WXSERVER_CONFIG") or HERE / "config.ini").absolute()
 
 
-def _read_file(path: Path) -> dict[str, dict[str, str]]:
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Return the texts of the file, by section and key.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not in the form of config.ini.
+    """
     # utf-8-sig skips the BOM that Notepad writes; [DEFAULT] and % have no special meaning here.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:

@@ -7,13 +7,12 @@ Sources of the rules: the platform's 接入指南, 获取微信服务器IP地址
 
 from __future__ import annotations
 
-import configparser
-import contextlib
 import os
-import pwd
 import stat
 import tempfile
+import time
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,26 +25,27 @@ from wxsim import client
 from wxsim.client import Account, NoAnswer
 
 ROOM = 16384  # bytes: the token's file and its successor
+CLOCK_TOLERANCE = 30.0  # seconds that this machine's clock may be off
 _NO_URL = 40201  # errcode of callback/check
-INTERRUPTED = "interrupted"
 
 
 class Fault(Exception):
     """Something does not hold. One line: what is wrong, and what the owner can do."""
 
 
-def main(url: str) -> int:
-    """Check everything, printing each finding as it comes, and never a secret.
+def main(url: str) -> bool:
+    """Check everything, print each finding as it comes, and tell whether all is ok.
 
-    ``url`` is the callback's public address; without it the callback cannot be checked, which is
-    not ok. Return the exit status: 0 when all is ok, else 1.
+    ``url`` is the callback's public address. Without it the callback cannot be checked, which is
+    not ok. No secret is printed.
     """
     path = wechat.config.config_path()
     try:
-        config, problem = wechat.config.load(path), ""
+        config = wechat.config.load(path)
     except ConfigError as error:
-        config, problem = Config(), str(error)
-    points: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
+        _print("config", str(error), ok=False)
+        return False
+    checks: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
         ("config", lambda: _config(config, path), ()),
         ("permissions", lambda: _permissions(config, path), ()),
         ("state directory", lambda: _state_directory(config.state_dir), ()),
@@ -55,30 +55,27 @@ def main(url: str) -> int:
         ("getcallbackip", lambda: _getcallbackip(config), ("token",)),
         ("callback/check", lambda: _callback_check(config), ("token",)),
     ]
-    failed = {"config.ini"} if problem else set()
-    for name, check, needs in points:
-        missing = next((need for need in ("config.ini", *needs) if need in failed), "")
-        ok, finding = (False, f"needs {missing}") if missing else _outcome(check)
-        if name == "config" and problem:
-            finding = problem
+    failed: list[str] = []
+    for name, check, needs in checks:
+        missing = [need for need in needs if need in failed]
+        try:
+            ok, finding = (False, f"needs {missing[0]}") if missing else (True, check())
+        except (Fault, ConfigError, ApiError, NoAnswer) as error:
+            ok, finding = False, str(error)
+        except OSError as error:
+            ok, finding = False, f"{error}; run it as the server's user"
+        except KeyboardInterrupt:
+            _print(name, "interrupted", ok=False)
+            return False
+        _print(name, finding, ok)
         if not ok:
-            failed.add(name)
-        line = "".join(c if c.isprintable() else " " for c in finding)  # strangers wrote some of it
-        print(f"{'ok  ' if ok else 'FAIL'}  {name}: {line}", flush=True)
-        if finding == INTERRUPTED:
-            break
-    return 1 if failed else 0
+            failed.append(name)
+    return not failed
 
 
-def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
-    try:
-        return True, check()
-    except (Fault, ConfigError, ApiError) as error:
-        return False, str(error)
-    except OSError as error:
-        return False, f"{error}; run it as the server's user"
-    except KeyboardInterrupt:
-        return False, INTERRUPTED
+def _print(name: str, finding: str, ok: bool) -> None:
+    line = "".join(c if c.isprintable() else " " for c in finding)  # strangers wrote some of it
+    print(f"{'ok  ' if ok else 'FAIL'}  {name}: {line}", flush=True)
 
 
 def _config(config: Config, path: Path) -> str:
@@ -93,24 +90,22 @@ def _config(config: Config, path: Path) -> str:
 
 def _permissions(config: Config, path: Path) -> str:
     """Nobody else can read a secret, or write the file that says where secrets are sent."""
-    parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.read_string(path.read_text(encoding="utf-8-sig"))
     info, me = path.stat(), os.geteuid()
-    rules = wechat.config.settings()
-    if any(
-        value.strip() and (section == "central" or rules[section][key].is_secret)
-        for section in parser.sections()
-        for key, value in parser[section].items()
-    ):
-        if info.st_mode & 0o077:
-            own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
-            raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")
-    elif info.st_mode & 0o022:
+    table = wechat.config.settings()
+    has_secret = any(
+        text and (section == "central" or table[section][key].is_secret)
+        for section, entries in wechat.config.read(path).items()
+        for key, text in entries.items()
+    )
+    if has_secret and info.st_mode & 0o077:
+        own = "" if info.st_uid == me else f"chown {_user(me)} {path}; "
+        raise Fault(f"others can get at the secrets in {path}: {own}chmod 600 {path}")
+    if info.st_mode & 0o022:
         raise Fault(f"others can change where secrets are sent: chmod 644 {path}")
-    for kept in (config.state_dir / "callback_token", config.state_dir / "access_token.json"):
-        with contextlib.suppress(FileNotFoundError):
-            if kept.stat().st_mode & 0o077:
-                raise Fault(f"others can get at the secret in {kept}: chmod 600 {kept}")
+    for name in ("callback_token", "access_token.json"):
+        file = config.state_dir / name
+        if file.exists() and file.stat().st_mode & 0o077:
+            raise Fault(f"others can get at the secret in {file}: chmod 600 {file}")
     return "nobody else can get at a secret"
 
 
@@ -145,6 +140,8 @@ def _state_directory(folder: Path) -> str:
 
 
 def _user(uid: int) -> str:
+    import pwd  # which Windows has not, where token_store says so
+
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -158,16 +155,17 @@ def _clock(config: Config) -> str:
         answer = client.exchange(f"{config.api_base}/cgi-bin/getcallbackip")
     except NoAnswer as error:
         raise Fault(f"{host} gives no time to compare with: {error}") from None
-    ahead = client.clock_difference(answer)
-    if ahead is None:
-        raise Fault(f"{host} gives no time to compare with; look at timedatectl")
-    off, most = abs(ahead), min(client.CLOCK_TOLERANCE, config.max_age or client.CLOCK_TOLERANCE)
-    if off > most:
-        which = "behind" if ahead > 0 else "ahead of"
-        refused = f", so messages are refused (max_age is {config.max_age} s)"
-        refused = refused if 0 < config.max_age < off else ""
-        raise Fault(f"{off:.0f} s {which} {host}{refused}; timedatectl set-ntp true")
-    return f"less than {most:.0f} s from {host}"
+    try:
+        ahead = parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()
+    except (TypeError, ValueError):
+        raise Fault(f"{host} gives no time to compare with; look at timedatectl") from None
+    limit = min(CLOCK_TOLERANCE, config.max_age or CLOCK_TOLERANCE)
+    if abs(ahead) > limit:
+        off = f"{abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} {host}"
+        if 0 < config.max_age < abs(ahead):
+            off += f", so messages are refused (max_age is {config.max_age} s)"
+        raise Fault(f"{off}; timedatectl set-ntp true")
+    return f"less than {limit:.0f} s from {host}"
 
 
 def _callback(config: Config, url: str) -> str:
@@ -176,18 +174,17 @@ def _callback(config: Config, url: str) -> str:
         raise Fault(f"not checked; add --url https://YOUR.NAME{config.path}")
     if not client.is_url(url):
         raise Fault("--url must be http://… or https://…, as in the console")
-    parts = urlsplit(url)
-    usual = 443 if parts.scheme == "https" else 80
-    made = config.state_dir / "callback_token"
-    # To make one is the server's to do: it is shown, and belongs to whoever makes it.
-    if not config.token and not config.redis and not (made.exists() and made.read_bytes().strip()):
+    file = config.state_dir / "callback_token"
+    # Only the server makes one: it logs the Token, and the file must belong to its user.
+    if not config.token and not config.redis and not (file.exists() and file.read_bytes().strip()):
         raise Fault("there is no Token; the server makes one at its first start, or set WX_TOKEN")
-    if why := client.verify(Account(url, wechat.config.callback_token(config))):
-        raise Fault(why)
+    client.verify(Account(url, wechat.config.callback_token(config)))
+    parts = urlsplit(url)
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return "echostr came back on this machine; WeChat needs a public address"
-    if parts.port not in (None, usual):
-        raise Fault(f"echostr came back, but WeChat calls {parts.scheme} at port {usual} alone")
+    port = 443 if parts.scheme == "https" else 80
+    if parts.port not in (None, port):
+        raise Fault(f"echostr came back, but WeChat calls {parts.scheme} at port {port} alone")
     return f"echostr came back from {parts.hostname}"
 
 
@@ -199,30 +196,30 @@ def _token(config: Config) -> str:
 def _getcallbackip(config: Config) -> str:
     """The classic first call works."""
     addresses = wechat.api.from_config(config).call("getcallbackip").get("ip_list")
-    if not isinstance(addresses, list) or not addresses:
+    if not addresses:
         raise Fault("WeChat's answer has no addresses; try again later")
     return f"addresses that WeChat calls from: {len(addresses)}"
 
 
 def _callback_check(config: Config) -> str:
     """WeChat resolves the name in the console's URL, and its ping comes back."""
-    asked = {"action": "all", "check_operator": "DEFAULT"}
+    body = {"action": "all", "check_operator": "DEFAULT"}
     try:
-        answer = wechat.api.from_config(config).call("callback/check", asked)
+        answer = wechat.api.from_config(config).call("callback/check", body)
     except ApiError as error:
         if error.errcode != _NO_URL:
             raise
         raise Fault(f"errcode {_NO_URL}: the console has no URL yet: {CALLBACK_CONSOLE}") from None
-    dns, pings = answer.get("dns"), answer.get("ping")
-    if not dns or not isinstance(dns, list):
+    if not answer.get("dns"):
         raise Fault(f"WeChat cannot resolve the name in the console's URL: {CALLBACK_CONSOLE}")
-    if not pings or not isinstance(pings, list) or not all(isinstance(p, dict) for p in pings):
+    pings = answer.get("ping")
+    if not pings:
         raise Fault("WeChat resolves the name in the console's URL, but tells of no ping")
-    lost = [str(p.get("ip")) for p in pings if p.get("package_loss") != "0%"]
+    lost = [ping["ip"] for ping in pings if ping["package_loss"] != "0%"]
     if lost:
         raise Fault(
             f"WeChat's ping to {', '.join(lost)} is lost: the address must be this server's, and"
             " every firewall, the provider's too, let ping through"
         )
-    told = (f"{p.get('ip')} from {p.get('from_operator')} in {p.get('time')}" for p in pings)
-    return f"WeChat's ping came back: {', '.join(told)}"
+    came = [f"{ping['ip']} from {ping['from_operator']} in {ping['time']}" for ping in pings]
+    return f"WeChat's ping came back: {', '.join(came)}"

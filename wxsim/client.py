@@ -14,13 +14,10 @@ import ssl
 import string
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import SplitResult, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import wechat.config
 import wechat.crypto
@@ -30,9 +27,8 @@ from wxsim import messages
 from wxsim.messages import Outgoing
 
 WECHAT_TIMEOUT = 5.0  # seconds until WeChat hangs up
-TRIES = 3  # requests for one message, all in all
+TRIES = 3  # of a message, in all
 LARGEST_ANSWER = 4 * 1048576  # bytes
-CLOCK_TOLERANCE = 30.0  # seconds by which two clocks may differ before it is worth a word
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,30 @@ class Answer:
     """An HTTP answer, and the seconds it took."""
 
     status: int
-    headers: Any  # a mapping of names in any case
+    headers: http.client.HTTPMessage
     body: bytes
     seconds: float
 
 
 class NoAnswer(Exception):
-    """There was no HTTP answer in time. The text says why, in words."""
+    """No HTTP answer came, or none that WeChat accepts. The text says why, in words."""
 
 
-def account(config: Config, url: str = "", token: str = "") -> Account:
+class TooLate(NoAnswer):
+    """No HTTP answer came in time."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One request that brought a message, and its answer; without one ``failure`` says why."""
+
+    url: str
+    body: bytes
+    answer: Answer | None = None
+    failure: str = ""
+
+
+def from_config(config: Config, url: str = "", token: str = "") -> Account:
     """Return the callback of config.ini: by default at the local server, with its Token.
 
     Raises:
@@ -77,130 +87,137 @@ def is_url(url: str) -> bool:
     """Tell whether WeChat could send a request to ``url``."""
     try:
         parts = urlsplit(url)
-        port = parts.port
-    except ValueError:  # no number from 0 to 65535, or half an IPv6 address
+        has_server = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port from 0 to 65535, or half an IPv6 address
         return False
-    complete = parts.scheme in ("http", "https") and parts.hostname and port != 0
-    return bool(complete) and not parts.fragment and not parts.username
+    return (
+        has_server and parts.scheme in ("http", "https") and not (parts.fragment or parts.username)
+    )
 
 
-def signed_url(to: Account, more: dict[str, str], encrypt: str = "") -> str:
-    """Return the URL of a request that WeChat makes now, with ``more`` in its query.
+def signed_url(account: Account, query: dict[str, str], encrypt: str = "") -> str:
+    """Return the URL of a request that WeChat makes now, with ``query`` after the signature.
 
     ``encrypt`` is the Encrypt of the body, if it has one: msg_signature covers it.
     """
     timestamp, nonce = str(int(time.time())), str(secrets.randbelow(10**9))
-    signature = wechat.crypto.sign(to.token, timestamp, nonce)
-    query = {"signature": signature, "timestamp": timestamp, "nonce": nonce, **more}
+    signature = wechat.crypto.sign(account.token, timestamp, nonce)
+    query = {"signature": signature, "timestamp": timestamp, "nonce": nonce, **query}
     if encrypt:
-        signature = wechat.crypto.sign(to.token, timestamp, nonce, encrypt)
+        signature = wechat.crypto.sign(account.token, timestamp, nonce, encrypt)
         query |= {"encrypt_type": "aes", "msg_signature": signature}
-    return f"{to.url}{'&' if '?' in to.url else '?'}{urlencode(query)}"
+    return f"{account.url}{'&' if '?' in account.url else '?'}{urlencode(query)}"
 
 
-def request(to: Account, message: Outgoing) -> tuple[str, bytes]:
+def request(account: Account, message: Outgoing) -> tuple[str, bytes]:
     """Return the URL and the body of the request that brings ``message``, encrypted if need be."""
     fields, body = message.fields, message.xml
-    encrypt = str(fields.get("Encrypt", ""))  # of a file that was encrypted before
-    if to.cipher and not message.raw:
-        encrypt = to.cipher.encrypt(message.xml)
-        readable = fields if to.encryption == "compatible" else {"ToUserName": fields["ToUserName"]}
-        body = messages.as_wechat_writes({**readable, "Encrypt": encrypt})
-    return signed_url(to, {"openid": message.openid}, encrypt), body
+    encrypt = str(fields.get("Encrypt", ""))  # of a raw message that was encrypted before
+    if account.cipher and not message.raw:
+        encrypt = account.cipher.encrypt(message.xml)
+        readable = (
+            fields if account.encryption == "compatible" else {"ToUserName": fields["ToUserName"]}
+        )
+        body = messages.to_unescaped_xml({**readable, "Encrypt": encrypt})
+    return signed_url(account, {"openid": message.openid}, encrypt), body
 
 
-def deliver(
-    to: Account,
-    message: Outgoing,
-    on_failure: Callable[[int, str], object] = lambda *_: None,
-    on_request: Callable[[str, bytes], object] = lambda *_: None,
-    timeout: float = WECHAT_TIMEOUT,
-) -> Answer | None:
-    """Send a message as WeChat does, up to ``TRIES`` times; None when all of them failed.
+def deliver(account: Account, message: Outgoing, timeout: float = WECHAT_TIMEOUT) -> Iterator[Try]:
+    """Send a message as WeChat does, ``TRIES`` times at most, until a try has an answer.
 
-    ``on_failure`` is told of every failed try (its number from 1, and why), ``on_request`` of every
-    request (the URL and the body). ``timeout`` is seconds for each answer.
+    ``timeout`` is seconds for each try.
     """
-    for number in range(1, TRIES + 1):
-        url, body = request(to, message)
-        on_request(url, body)
+    for _ in range(TRIES):
+        url, body = request(account, message)
         try:
-            answer = exchange(url, body, timeout)
+            answer = _exchange_ok(url, body, timeout)
         except NoAnswer as error:
-            on_failure(number, str(error))
-            continue
-        if answer.status == 200:
-            return answer
-        on_failure(number, why_refused(answer))
-    return None
+            yield Try(url, body, failure=str(error))
+        else:
+            yield Try(url, body, answer)
+            return
+
+
+def verify(account: Account, timeout: float = WECHAT_TIMEOUT) -> None:
+    """Do what the console does on 提交.
+
+    Raises:
+        NoAnswer: the console would not accept the callback.
+    """
+    echostr = str(secrets.randbelow(9 * 10**18) + 10**18)
+    answer = _exchange_ok(signed_url(account, {"echostr": echostr}), None, timeout)
+    if answer.body != echostr.encode():
+        raise NoAnswer(f"in place of echostr, {echostr}, came {_excerpt(answer.body)}")
+
+
+def _exchange_ok(url: str, body: bytes | None, timeout: float) -> Answer:
+    """Do what ``exchange`` does, but accept the HTTP status 200 alone."""
+    answer = exchange(url, body, timeout)
+    if answer.status != 200:
+        shown = _excerpt(answer.body.strip())
+        raise NoAnswer(f"HTTP status {answer.status}: {shown}; {_advice(answer)}")
+    return answer
 
 
 def exchange(url: str, body: bytes | None = None, timeout: float = WECHAT_TIMEOUT) -> Answer:
     """GET ``url``, or POST ``body`` to it, and hang up after ``timeout`` seconds.
 
-    A thread of its own does it, so that the time is up wherever it waits: for DNS, for a
-    connection, for TLS, or for the next byte of a server that sends one now and then.
+    Another thread does it, so that the timeout holds for the whole exchange: for DNS, connecting
+    and TLS, and for an answer that comes byte by byte.
 
     Raises:
         NoAnswer: nobody listens, nothing comes in time, or what comes is not HTTP.
     """
     began, parts = time.monotonic(), urlsplit(url)
     opened: list[socket.socket] = []
-    future: Future[tuple[int, Any, bytes]] = Future()
+    future: futures.Future[Answer] = futures.Future()
 
     def run() -> None:
         try:
-            with contextlib.closing(_connection(parts, timeout)) as connection:
+            with contextlib.closing(_connection(parts.scheme, parts.netloc, timeout)) as connection:
                 connection.connect()
                 opened.append(connection.sock)
                 if time.monotonic() - began < timeout:
-                    future.set_result(_exchange(connection, parts, body))
-        except Exception as error:  # noqa: BLE001  told apart below
+                    future.set_result(_send(connection, url, body, began))
+        except Exception as error:  # noqa: BLE001  raised again by result()
             future.set_exception(error)
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        status, headers, content = future.result(timeout)
+        return future.result(timeout)
     except (TimeoutError, futures.TimeoutError):
-        raise NoAnswer(f"no answer within {timeout:g} s") from None
-    except (socket.gaierror, UnicodeError, http.client.InvalidURL):
+        raise TooLate(f"no answer within {timeout:g} s") from None
+    except (socket.gaierror, UnicodeError):
         raise NoAnswer(f"the name {parts.hostname} does not resolve") from None
-    except http.client.RemoteDisconnected:
-        raise NoAnswer("the connection broke off without an answer") from None
-    except http.client.IncompleteRead as error:
-        raise NoAnswer(f"the answer broke off after {len(error.partial)} bytes") from None
-    except ssl.SSLError as error:
-        raise NoAnswer(f"TLS failed: {getattr(error, 'verify_message', '') or error}") from None
-    except (http.client.HTTPException, ValueError):
-        raise NoAnswer("the answer is not HTTP") from None
     except ConnectionRefusedError:
         raise NoAnswer("the connection was refused; is the server running?") from None
-    except OSError as error:
-        raise NoAnswer(f"the connection broke off: {error.strerror or error}") from None
-    except RuntimeError:
-        raise NoAnswer("this machine can start no more threads") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: there are too many threads
+        raise NoAnswer(
+            f"the connection failed: {getattr(error, 'strerror', '') or error}"
+        ) from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise NoAnswer(f"the answer is not HTTP, or not whole: {error!r:.80}") from None
     finally:
         for connection in opened:
             with contextlib.suppress(OSError):  # closed already
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
-    return Answer(status, headers, content, time.monotonic() - began)
 
 
-def _connection(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    host, port = str(parts.hostname), parts.port
-    if parts.scheme == "http":
-        return http.client.HTTPConnection(host, port or 80, timeout)
-    return http.client.HTTPSConnection(host, port or 443, timeout=timeout, context=_trusting())
+def _connection(scheme: str, server: str, timeout: float) -> http.client.HTTPConnection:
+    if scheme == "http":
+        return http.client.HTTPConnection(server, timeout=timeout)
+    return http.client.HTTPSConnection(server, timeout=timeout, context=_tls())
 
 
 @functools.cache
-def _trusting() -> ssl.SSLContext:
+def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _exchange(
-    connection: http.client.HTTPConnection, parts: SplitResult, body: bytes | None
-) -> tuple[int, Any, bytes]:
+def _send(
+    connection: http.client.HTTPConnection, url: str, body: bytes | None, began: float
+) -> Answer:
+    parts = urlsplit(url)
     target = quote(f"{parts.path or '/'}?{parts.query}", safe=string.punctuation)
     headers = {"User-Agent": "Mozilla/4.0", "Accept": "*/*", "Connection": "close"}
     if body is not None:
@@ -208,60 +225,26 @@ def _exchange(
     connection.request("GET" if body is None else "POST", target, body, headers)
     content = b""
     with connection.getresponse() as response:
-        try:
-            while piece := response.read1(65536):
-                content += piece
-                if len(content) > LARGEST_ANSWER:
-                    raise NoAnswer(f"the answer is larger than {LARGEST_ANSWER} bytes")
-        except http.client.IncompleteRead:  # which counts the last chunk alone
-            raise http.client.IncompleteRead(content) from None
+        while piece := response.read1(65536):
+            content += piece
+            if len(content) > LARGEST_ANSWER:
+                raise NoAnswer(f"the answer is larger than {LARGEST_ANSWER} bytes")
         if response.length:  # bytes that did not come
             raise http.client.IncompleteRead(content)
-        return response.status, response.headers, content
+        return Answer(response.status, response.headers, content, time.monotonic() - began)
 
 
-def verify(to: Account, timeout: float = WECHAT_TIMEOUT) -> str:
-    """Do what the console does on 提交; return an empty text, or why it would fail, in words."""
-    echostr = str(secrets.randbelow(9 * 10**18) + 10**18)
-    try:
-        answer = exchange(signed_url(to, {"echostr": echostr}), timeout=timeout)
-    except NoAnswer as error:
-        return str(error)
-    if answer.status != 200:
-        return why_refused(answer)
-    if answer.body == echostr.encode():
-        return ""
-    if b"<html" in answer.body[:1000].lower() or b"<!doctype" in answer.body[:1000].lower():
-        return f"an HTML page came in place of echostr: {_excerpt(answer.body)}"
-    if (place := answer.body.find(echostr.encode())) >= 0:
-        around = answer.body[max(place - 60, 0) : place + len(echostr) + 60]
-        return f"something stands around echostr: {around!r} in place of {echostr}"
-    return f"something else came in place of echostr: {_excerpt(answer.body)}"
-
-
-def why_refused(answer: Answer) -> str:
-    """Return in words what an answer with another status than 200 says."""
-    why = f"HTTP status {answer.status}: {_excerpt(answer.body)}"
-    if answer.status in (301, 302, 303, 307, 308):
-        return f"{why}; it redirects to {answer.headers['Location']}, and WeChat does not follow"
-    if answer.status == 404:
-        return f"{why}; the URL's path is not the callback's"
-    ahead = clock_difference(answer)
-    if answer.status == 403 and ahead is not None and abs(ahead) > CLOCK_TOLERANCE:
-        return f"{why}; the server's clock is {ahead:+.0f} s off from this machine's"
-    if answer.status == 403:
-        return f"{why}; the Token is not the server's, most likely; the server's log says why"
-    return f"{why}; the server's log says why"
-
-
-def clock_difference(answer: Answer) -> float | None:
-    """Return by how many seconds the server's clock is ahead of this machine's, if it tells."""
-    try:
-        return parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
+def _advice(answer: Answer) -> str:
+    """Say what is wrong when the status of an answer is not 200."""
+    match answer.status:
+        case 301 | 302 | 303 | 307 | 308:
+            return f"it redirects to {answer.headers['Location']}, and WeChat does not follow"
+        case 404:
+            return "the URL's path is not the callback's"
+        case 403:
+            return "the Token is not the server's, most likely; the server's log says why"
+    return "the server's log says why"
 
 
 def _excerpt(body: bytes) -> str:
-    text = " ".join(body[:200].decode(errors="replace").split())
-    return repr(text[:80]) if text else "an empty body"
+    return repr(body[:200].decode(errors="replace")[:80]) if body else "an empty body"

@@ -1,21 +1,20 @@
-"""What the follower would see of an answer, or why WeChat cannot use it.
+"""What the follower sees of an answer, or why WeChat cannot use it.
 
 Sources of the rules: the platform's 被动回复用户消息 and 消息加解密说明.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
 import wechat.crypto
-import wechat.message
 from wechat.crypto import DecryptError
-from wechat.message import Message
+from wechat.message import MAX_ARTICLES, MAX_TEXT, Message
 from wxsim.client import Account
 
-FAULT = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
+APOLOGY = "该公众号提供的服务出现故障，请稍后再试"  # the platform's own words
 
 
 class Malformed(Exception):
@@ -36,127 +35,105 @@ class Shown:
     note: str = ""
 
 
-def read(to: Account, message: Message, answer: bytes) -> Shown:
+def show(account: Account, message: Message, answer: bytes) -> Shown:
     """Tell what the follower who sent ``message`` sees of ``answer``, the body of a 200."""
     if answer in (b"", b"success"):
         return Shown(None)
     try:
-        xml = _decrypted(to, answer)
+        xml = _decrypt(account, answer)
         reply = _parse(xml)
         _check_common_fields(message, reply)
-        text, note = _show(message, reply)
+        return replace(_show_reply(message, reply), xml=xml)
     except Malformed as error:
-        return Shown(FAULT, answer, problem=str(error))
-    return Shown(text, xml, note=note)
+        return Shown(APOLOGY, answer, problem=str(error))
 
 
-def _decrypted(to: Account, body: bytes) -> bytes:
+def _decrypt(account: Account, body: bytes) -> bytes:
     """Return the XML of the reply, decrypted if it is encrypted."""
     envelope = _parse(body)
-    if not to.cipher:
-        if "Encrypt" in envelope and "MsgType" not in envelope:
-            raise Malformed("it is encrypted, and the console's mode is 明文模式")
-        return body
     if "Encrypt" not in envelope:
-        if to.encryption == "safe":
+        if account.encryption == "safe":
             raise Malformed("it is not encrypted, and the console's mode is 安全模式")
         return body
+    if not account.cipher:
+        raise Malformed("it is encrypted, and the console's mode is 明文模式")
     for name in ("TimeStamp", "Nonce", "Encrypt", "MsgSignature"):
         if not isinstance(envelope.get(name), str):
             raise Malformed(f"the envelope has no {name}, or more than one")
-    encrypt, signed = envelope["Encrypt"], (envelope["TimeStamp"], envelope["Nonce"])
-    if not wechat.crypto.verify(envelope["MsgSignature"], to.token, *signed, encrypt):
+    signed = envelope["TimeStamp"], envelope["Nonce"], envelope["Encrypt"]
+    if not wechat.crypto.verify(envelope["MsgSignature"], account.token, *signed):
         raise Malformed("MsgSignature is wrong")
     try:
-        return to.cipher.decrypt(encrypt)
+        return account.cipher.decrypt(envelope["Encrypt"])
     except DecryptError as error:
         raise Malformed(f"it cannot be decrypted: {error}") from None
 
 
 def _parse(body: bytes) -> Message:
-    start = body.lstrip()[:200].lower()
     if body.startswith(b"\xef\xbb\xbf"):
         raise Malformed("a byte order mark stands before the XML")
-    if start.startswith((b"{", b"[")):
-        raise Malformed("it is JSON; WeChat wants XML")
-    if b"<html" in start or start.startswith(b"<!doctype"):
-        raise Malformed("it is an HTML page; WeChat wants XML")
-    if not start.startswith(b"<"):
-        raise Malformed("it is neither XML nor success")
     try:
-        # Not wechat.message.from_xml, which puts up with what a follower typed. WeChat does not.
+        # wechat.message.from_xml reads malformed XML too, since WeChat sends it. WeChat does not.
         root = ElementTree.fromstring(body, ElementTree.XMLParser(encoding="utf-8"))
         fields = _fields(root)
     except (ElementTree.ParseError, RecursionError) as error:
-        raise Malformed(f"bad XML: {error}") from None
+        begins = body[:80].decode(errors="replace")
+        raise Malformed(f"it is not XML: {error}: {begins!r}") from None
     if root.tag != "xml":
-        raise Malformed("bad XML: the root element is not xml")
+        raise Malformed(f"the root element is {root.tag}, not xml")
     return fields if isinstance(fields, dict) else {}
 
 
 def _fields(element: ElementTree.Element) -> Any:
     fields: Message = {}
     for child in element:
-        value = _fields(child)
-        if child.tag not in fields:
-            fields[child.tag] = value
-        elif isinstance(fields[child.tag], list):
-            fields[child.tag].append(value)
-        else:
-            fields[child.tag] = [fields[child.tag], value]
-    return fields or element.text or ""
+        fields.setdefault(child.tag, []).append(_fields(child))
+    single = {name: values[0] if len(values) == 1 else values for name, values in fields.items()}
+    return single or element.text or ""
 
 
 def _check_common_fields(message: Message, reply: Message) -> None:
     for name, other in (("ToUserName", "FromUserName"), ("FromUserName", "ToUserName")):
-        if other in message and reply.get(name) != message[other]:
-            same = reply.get(name) == message.get(name)
-            hint = "; the two names must be swapped" if same else ""
-            raise Malformed(f"{name} is not the message's {other}{hint}")
-    created = str(reply.get("CreateTime", ""))
-    if not (created.isascii() and created.isdecimal()):
+        if reply.get(name) != message.get(other, reply.get(name)):
+            raise Malformed(f"{name} is not the message's {other}; a reply swaps the two names")
+    created = reply.get("CreateTime")
+    if not (isinstance(created, str) and created.isascii() and created.isdecimal()):
         raise Malformed("CreateTime is not a whole number")
-    if not isinstance(reply.get("MsgType"), str):
-        raise Malformed("there is no MsgType")
 
 
-def _show(message: Message, reply: Message) -> tuple[str, str]:
-    """Return what the follower sees, and a note to the owner or an empty one."""
+def _show_reply(message: Message, reply: Message) -> Shown:
     match reply:
         case {"MsgType": "text", "Content": str(text)}:
             size = len(text.encode())
-            if size > wechat.message.MAX_TEXT:
-                raise Malformed(f"the text has {size} bytes; {wechat.message.MAX_TEXT} are allowed")
-            return text, ""
-        case {"MsgType": "image", "Image": {"MediaId": str(media)}} if media:
-            return f"[image {media}]", ""
-        case {"MsgType": "voice", "Voice": {"MediaId": str(media)}} if media:
-            return f"[voice {media}]", ""
-        case {"MsgType": "video", "Video": {"MediaId": str(media), **more}} if media:
-            return _bracketed("video", more.get("Title"), more.get("Description"), media), ""
-        case {"MsgType": "music", "Music": {"ThumbMediaId": str(thumb), **more}} if thumb:
-            shown = [more.get(name) for name in ("Title", "Description", "MusicUrl")]
-            return _bracketed("music", *shown), ""
-        case {"MsgType": "news", "Articles": {"item": items}, **more}:
-            return _show_articles(message, items, more.get("ArticleCount"))
+            if size > MAX_TEXT:
+                raise Malformed(f"the text has {size} bytes; {MAX_TEXT} are allowed")
+            return Shown(text)
+        case {"MsgType": "news", "Articles": {"item": items}}:
+            return _show_articles(message, items, reply.get("ArticleCount"))
         case {"MsgType": "transfer_customer_service"}:
-            return "[a human agent takes over]", ""
-        case {"MsgType": "text" | "image" | "voice" | "video" | "music" | "news" as kind}:
-            raise Malformed(f"the {kind} reply lacks what belongs in it")
-    raise Malformed(f"there is no reply of MsgType {reply['MsgType']!r}")
+            return Shown("[a human agent takes over]")
+        case (
+            {"MsgType": "image", "Image": {"MediaId": str(media)} as fields}
+            | {"MsgType": "voice", "Voice": {"MediaId": str(media)} as fields}
+            | {"MsgType": "video", "Video": {"MediaId": str(media)} as fields}
+            | {"MsgType": "music", "Music": {"ThumbMediaId": str(media)} as fields}
+        ) if media:
+            names = ("Title", "Description", "MusicUrl", "MediaId")
+            return Shown(_bracketed(reply["MsgType"], *map(fields.get, names)))
+    raise Malformed(f"the MsgType {reply.get('MsgType')!r} is unknown, or lacks what belongs in it")
 
 
-def _show_articles(message: Message, items: Any, count: object) -> tuple[str, str]:
+def _show_articles(message: Message, items: Any, count: object) -> Shown:
     articles = items if isinstance(items, list) else [items]
     if not all(isinstance(article, dict) for article in articles):
         raise Malformed("an article has no Title, Description, PicUrl or Url")
     if count != str(len(articles)):
         raise Malformed(f"ArticleCount is {count}, and there are {len(articles)} articles")
-    most = wechat.message.MAX_ARTICLES if message.get("MsgType") == "event" else 1
-    note = "" if len(articles) <= most else f"{len(articles)} articles; WeChat shows {most} here"
-    fields = ("Title", "Description", "Url")
-    lines = [_bracketed("article", *map(article.get, fields)) for article in articles[:most]]
-    return "\n".join(lines), note
+    limit = MAX_ARTICLES if message.get("MsgType") == "event" else 1
+    note = f"{len(articles)} articles; WeChat shows {limit} here" if len(articles) > limit else ""
+    names = ("Title", "Description", "Url")
+    lines = [_bracketed("article", *map(article.get, names)) for article in articles[:limit]]
+    return Shown("\n".join(lines), note=note)
 
 
 def _bracketed(*parts: object) -> str:

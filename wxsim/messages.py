@@ -7,6 +7,7 @@ Sources of the fields: the pages 接收普通消息, 接收事件推送, 自定�
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import re
 import secrets
@@ -14,63 +15,72 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from wechat.message import Message
+from wechat.message import Message, MessageError, from_xml
 
 ACCOUNT = "gh_97417a04a28d"  # the made-up account that all messages are sent to
 _NAME = r"[A-Za-z_][\w-]*"  # of an XML element
 _SETTING = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.ASCII | re.DOTALL)
-_FIELD = re.compile(
-    r"<(ToUserName|FromUserName|MsgType|Encrypt)>(?:<!\[CDATA\[)?([^][<>]*)", re.ASCII
-)
-_MEDIA = "MediaId=bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"
-_THUMB = "ThumbMediaId=eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodyBzaSBrY3Vs"
-_PLACE = "{0}Location_X=23.134521|{0}Location_Y=113.358803|{0}Scale=20|{0}Label=广州"
-_PHOTO = "SendPicsInfo.PicList.item.PicMd5Sum=1b5f7c23b5bf75682a53e7b6d163e185"
-_PHOTOS = f"EventKey=menu1|SendPicsInfo.Count=1|{_PHOTO}"
-_TEMPLATE = "TemplateId=VRR0UEO9VJOLs0MHlU0OilqX6MVFDwH3_3gz3Oc0NIc"
-_TICKET = "Ticket=gQFwTICKET"
-_PUBLISHED = "PublishEventInfo.article_detail"
+_TICKET = "gQFwTICKET"
+_MEDIA = {"MediaId": "bHVjayBpcyB3aGF0IGhhcHBlbnMgd2hlbiB5b3UgYXJlIHJlYWR5"}
+_VIDEO = {**_MEDIA, "ThumbMediaId": "eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodyBzaSBrY3Vs"}
+_PLACE = {"Location_X": "23.134521", "Location_Y": "113.358803", "Scale": "20", "Label": "广州"}
+_PHOTO = {"item": {"PicMd5Sum": "1b5f7c23b5bf75682a53e7b6d163e185"}}
+_PHOTOS = {"EventKey": "menu1", "SendPicsInfo": {"Count": "1", "PicList": _PHOTO}}
+_SCAN = {"ScanType": "qrcode", "ScanResult": "https://example.com/"}
+_TEMPLATE = {"TemplateId": "VRR0UEO9VJOLs0MHlU0OilqX6MVFDwH3_3gz3Oc0NIc"}
+_SENT = {"MsgID": "1700827132819554304", "ErrorCode": "0", "ErrorStatus": "success"}
+_ARTICLE = {"idx": "1", "article_url": "https://mp.weixin.qq.com/s/example"}
 
-# The fields of each MsgType and Event beside the common ones, as --set takes them.
-MESSAGES = {
-    "text": "Content=hello",
-    "image": f"PicUrl=https://mmbiz.qpic.cn/example.jpg|{_MEDIA}",
-    "voice": f"{_MEDIA}|Format=amr|MediaId16K=eWRhZXIgZXJhIHVveSBuZWh3IHNuZXBwYWggdGFodw",
-    "video": f"{_MEDIA}|{_THUMB}",
-    "shortvideo": f"{_MEDIA}|{_THUMB}",
-    "location": _PLACE.format(""),
-    "link": "Title=微信公众平台|Description=开发者文档|Url=https://mp.weixin.qq.com/",
+# The fields of each MsgType and Event beside the common ones.
+MESSAGES: dict[str, Message] = {
+    "text": {"Content": "hello"},
+    "image": {"PicUrl": "https://mmbiz.qpic.cn/example.jpg", **_MEDIA},
+    "voice": {**_MEDIA, "Format": "amr", "MediaId16K": "eWRhZXIgZXJhIHVveSBuZWh3"},
+    "video": _VIDEO,
+    "shortvideo": _VIDEO,
+    "location": _PLACE,
+    "link": {"Title": "公众平台", "Description": "开发文档", "Url": "https://mp.weixin.qq.com/"},
 }
-EVENTS = {
-    "subscribe": "EventKey=",
-    "unsubscribe": "EventKey=",
-    "SCAN": f"EventKey=42|{_TICKET}",
-    "LOCATION": "Latitude=23.137466|Longitude=113.352425|Precision=119.385040",
-    "CLICK": "EventKey=menu1",
-    "VIEW": "EventKey=https://example.com/|MenuId=429108107",
-    "view_miniprogram": "EventKey=pages/index/index|MenuId=429108107",
-    "scancode_push": "EventKey=menu1|ScanCodeInfo.ScanType=qrcode"
-    "|ScanCodeInfo.ScanResult=https://example.com/",
-    "scancode_waitmsg": "EventKey=menu1|ScanCodeInfo.ScanType=qrcode|ScanCodeInfo.ScanResult=1",
+EVENTS: dict[str, Message] = {
+    "subscribe": {"EventKey": ""},
+    "unsubscribe": {"EventKey": ""},
+    "SCAN": {"EventKey": "42", "Ticket": _TICKET},
+    "LOCATION": {"Latitude": "23.137466", "Longitude": "113.352425", "Precision": "119.385040"},
+    "CLICK": {"EventKey": "menu1"},
+    "VIEW": {"EventKey": "https://example.com/", "MenuId": "429108107"},
+    "view_miniprogram": {"EventKey": "pages/index/index", "MenuId": "429108107"},
+    "scancode_push": {"EventKey": "menu1", "ScanCodeInfo": _SCAN},
+    "scancode_waitmsg": {"EventKey": "menu1", "ScanCodeInfo": _SCAN},
     "pic_sysphoto": _PHOTOS,
     "pic_photo_or_album": _PHOTOS,
     "pic_weixin": _PHOTOS,
-    "location_select": f"EventKey=menu1|{_PLACE.format('SendLocationInfo.')}"
-    "|SendLocationInfo.Poiname=",
-    "TEMPLATESENDJOBFINISH": "MsgID=200163836|Status=success",
-    "MASSSENDJOBFINISH": "MsgID=1000001625|Status=send success|TotalCount=100|FilterCount=80"
-    "|SentCount=75|ErrorCount=5",
-    "PUBLISHJOBFINISH": "PublishEventInfo.publish_id=2247503051|PublishEventInfo.publish_status=0"
-    f"|PublishEventInfo.article_id=b5O2OUs25HBxRceL7hfReg|{_PUBLISHED}.count=1"
-    f"|{_PUBLISHED}.item.idx=1|{_PUBLISHED}.item.article_url=https://mp.weixin.qq.com/s/example",
-    "subscribe_msg_popup_event": f"SubscribeMsgPopupEvent.List.{_TEMPLATE}"
-    "|SubscribeMsgPopupEvent.List.SubscribeStatusString=accept"
-    "|SubscribeMsgPopupEvent.List.PopupScene=2",
-    "subscribe_msg_change_event": f"SubscribeMsgChangeEvent.List.{_TEMPLATE}"
-    "|SubscribeMsgChangeEvent.List.SubscribeStatusString=reject",
-    "subscribe_msg_sent_event": f"SubscribeMsgSentEvent.List.{_TEMPLATE}"
-    "|SubscribeMsgSentEvent.List.MsgID=1700827132819554304"
-    "|SubscribeMsgSentEvent.List.ErrorCode=0|SubscribeMsgSentEvent.List.ErrorStatus=success",
+    "location_select": {"EventKey": "menu1", "SendLocationInfo": {**_PLACE, "Poiname": ""}},
+    "TEMPLATESENDJOBFINISH": {"MsgID": "200163836", "Status": "success"},
+    "MASSSENDJOBFINISH": {
+        "MsgID": "1000001625",
+        "Status": "send success",
+        "TotalCount": "100",
+        "FilterCount": "80",
+        "SentCount": "75",
+        "ErrorCount": "5",
+    },
+    "PUBLISHJOBFINISH": {
+        "PublishEventInfo": {
+            "publish_id": "2247503051",
+            "publish_status": "0",
+            "article_id": "b5O2OUs25HBxRceL7hfReg",
+            "article_detail": {"count": "1", "item": _ARTICLE},
+        }
+    },
+    "subscribe_msg_popup_event": {
+        "SubscribeMsgPopupEvent": {
+            "List": {**_TEMPLATE, "SubscribeStatusString": "accept", "PopupScene": "2"}
+        }
+    },
+    "subscribe_msg_change_event": {
+        "SubscribeMsgChangeEvent": {"List": {**_TEMPLATE, "SubscribeStatusString": "reject"}}
+    },
+    "subscribe_msg_sent_event": {"SubscribeMsgSentEvent": {"List": {**_TEMPLATE, **_SENT}}},
 }
 
 
@@ -78,9 +88,8 @@ EVENTS = {
 class Outgoing:
     """A message on its way to the account.
 
-    ``xml`` may be what no parser can read; ``fields`` is what the sender knows of it all the same.
-    ``openid`` is the follower whom the query of the request names. A ``raw`` message is never
-    encrypted.
+    ``fields`` is empty if nobody can read ``xml``. ``openid`` is the follower whom the query of the
+    request names. A ``raw`` message is never encrypted.
     """
 
     xml: bytes
@@ -95,84 +104,77 @@ def openid(name: str) -> str:
     return "o" + base64.urlsafe_b64encode(digest).decode()[:27]
 
 
-def make(kind: str, follower: str, now: float) -> Message:
-    """Make a message of ``follower``, an OpenID, at ``now`` in Unix seconds.
+def make(
+    kind: str, follower: str, now: float, event: str = "", settings: Iterable[str] = ()
+) -> Message:
+    """Make a message or an event.
+
+    Args:
+        kind: a MsgType of ``MESSAGES``, or "event".
+        follower: the OpenID of the sender.
+        now: Unix time in seconds.
+        event: the Event; one that is not in ``EVENTS`` has no fields of its own.
+        settings: other values of fields, and other fields; see ``set_fields``.
 
     Raises:
-        KeyError: ``kind`` is no MsgType of ``MESSAGES``.
+        ValueError: one of ``settings`` is wrong.
     """
-    message = _common_fields(follower, now, kind)
-    set_fields(message, MESSAGES[kind].split("|"))
-    return message | {"MsgId": 24 * 10**15 + secrets.randbelow(10**15)}
-
-
-def make_event(event: str, follower: str, now: float, key: str | None = None) -> Message:
-    """Make an event of ``follower``, an OpenID, at ``now`` in Unix seconds.
-
-    An Event that is not in ``EVENTS`` has the common fields alone. ``key`` is the EventKey; a
-    subscribe with one came by a QR code and has a Ticket.
-    """
-    message = _common_fields(follower, now, "event") | {"Event": event}
-    if event in EVENTS:
-        set_fields(message, EVENTS[event].split("|"))
-    if key is not None:
-        message["EventKey"] = key
-        if event == "subscribe" and key:
-            set_fields(message, [_TICKET])
-    return message
-
-
-def _common_fields(follower: str, now: float, kind: str) -> Message:
     names = {"ToUserName": ACCOUNT, "FromUserName": follower}
-    return {**names, "CreateTime": int(now), "MsgType": kind}
+    message: Message = {**names, "CreateTime": int(now), "MsgType": kind}
+    if kind == "event":
+        message |= {"Event": event, **copy.deepcopy(EVENTS.get(event, {}))}
+    else:
+        message |= {**MESSAGES[kind], "MsgId": 24 * 10**15 + secrets.randbelow(10**15)}
+    set_fields(message, settings)
+    if event == "subscribe" and message["EventKey"]:  # the follower came by a QR code
+        message.setdefault("Ticket", _TICKET)
+    return message
 
 
 def set_fields(message: Message, settings: Iterable[str]) -> None:
     """Set each ``Name=value`` or ``Name.Inner=value`` of ``settings`` in ``message``.
 
     Raises:
-        ValueError: a setting without ``=``, a name that no XML element can have, or an ``Inner``
-            of a field that is a text.
+        ValueError: a setting without ``=``, or a name that no XML element can have.
     """
     for setting in settings:
-        if not (parts := _SETTING.fullmatch(setting)):
+        match = _SETTING.fullmatch(setting)
+        if not match:
             raise ValueError(f"{setting!r} is not NAME=VALUE")
-        path, value = parts.groups()
-        *outer, name = path.split(".")
+        *outer, name = match[1].split(".")
         inside = message
         for part in outer:
-            inside = inside.setdefault(part, {})
-            if not isinstance(inside, dict):
-                raise ValueError(f"{setting!r}: {part} has no elements inside")
-        inside[name] = value
+            if not isinstance(inside.get(part), dict):
+                inside[part] = {}
+            inside = inside[part]
+        inside[name] = match[2]
 
 
 def outgoing(message: Message) -> Outgoing:
     """Return ``message`` as WeChat sends it."""
-    return Outgoing(as_wechat_writes(message), message, message["FromUserName"])
+    return Outgoing(to_unescaped_xml(message), message, message["FromUserName"])
 
 
 def outgoing_raw(body: bytes, follower: str) -> Outgoing:
-    """Return any bytes as a message; its fields are those that a pattern finds, if it has any."""
-    found = _FIELD.findall(body.decode(errors="surrogateescape"))
-    return Outgoing(body, dict(reversed(found)), follower, raw=True)
+    """Return any bytes as a message of ``follower``, an OpenID."""
+    try:
+        fields = from_xml(body)
+    except MessageError:
+        fields = {}
+    return Outgoing(body, fields, follower, raw=True)
 
 
-def as_wechat_writes(message: Message) -> bytes:
+def to_unescaped_xml(message: Message) -> bytes:
     """Write ``<xml>…</xml>`` as WeChat does, which escapes nothing that a follower typed.
 
-    ``]]>`` ends the CDATA early and control characters stand as they are, so the result may be
-    not well-formed. A str that holds bytes that are no UTF-8, as sys.argv does, is written as
-    those bytes.
+    ``]]>`` ends the CDATA section early and control characters stand as they are, so the XML may be
+    malformed. Bytes that are not UTF-8 are written as those bytes; in a str they are surrogates, as
+    in sys.argv.
     """
-    return f"<xml>{_elements(message)}</xml>".encode(errors="surrogateescape")
-
-
-def _elements(fields: Message) -> str:
-    return "".join(f"<{name}>{_content(value)}</{name}>" for name, value in fields.items())
+    return f"<xml>{_content(message)}</xml>".encode(errors="surrogateescape")
 
 
 def _content(value: Any) -> str:
     if isinstance(value, dict):
-        return _elements(value)
+        return "".join(f"<{name}>{_content(inner)}</{name}>" for name, inner in value.items())
     return str(value) if isinstance(value, int) else f"<![CDATA[{value}]]>"
